@@ -1,0 +1,242 @@
+"""The engine's nouns: what comes in, what is decided, what goes out.
+
+Knows token ids, digests and numbers. Knows no tensor, no text, no HTTP. Everything here that crosses the process
+boundary is a frozen msgspec struct; ``Sequence`` alone is mutable and never leaves the engine loop.
+"""
+
+import enum
+from dataclasses import dataclass, field
+
+import msgspec
+
+
+class ImageSpan(msgspec.Struct, frozen=True):
+    """One image's placeholder tokens in a prompt: ``length`` tokens from ``start``."""
+
+    start: int
+    length: int
+    digest: bytes
+    """Identity of the prepared pixels (see ``PreparedImage.digest``)."""
+
+
+class Prompt(msgspec.Struct, frozen=True):
+    token_ids: tuple[int, ...]
+    images: tuple[ImageSpan, ...] = ()
+
+    @property
+    def num_image_tokens(self) -> int:
+        return sum(span.length for span in self.images)
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How tokens are chosen. Every field has a definite value: defaults were resolved before the engine."""
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    """0 means greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 means no limit."""
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    seed: int = 0
+    """Unsigned 64-bit; always given, drawn by the caller when the user gave none."""
+    choice: int = 0
+    """Index among the ``n`` choices of one HTTP request; part of the random counter."""
+    stop_token_ids: tuple[int, ...] = ()
+    """End the request without being shown; the checkpoint's eos ids are among them unless ``ignore_eos``."""
+    logprobs: bool = False
+    top_logprobs: int = 0
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """Accepted work."""
+
+    id: str
+    prompt: Prompt
+    sampling: SamplingParams
+    priority: int = 0
+    """0 interactive, 1 batch: a lower class is served first, first come first served within a class."""
+    cache_salt: bytes = b""
+    """Tenants with different salts never share cached blocks or encoder outputs."""
+    arrived: float = 0.0
+    """Unix seconds; for metrics only, never for order."""
+
+
+class FinishReason(enum.StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORTED = "aborted"
+    ERROR = "error"
+
+
+class Usage(msgspec.Struct, frozen=True):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    """Sampled tokens, a hidden stop token included."""
+    cached_tokens: int = 0
+    """Prompt tokens whose keys and values were found in the cache when the request was first scheduled."""
+    image_tokens: int = 0
+
+
+class TopLogprob(msgspec.Struct, frozen=True, array_like=True):
+    token_id: int
+    logprob: float
+
+
+class TokenEvent(msgspec.Struct, frozen=True, tag="token"):
+    """One sampled, visible token."""
+
+    request_id: str
+    token_id: int
+    logprob: float | None = None
+    """Natural log of the token's probability under the model's unmodified distribution (temperature 1, no
+    penalties), present when asked for."""
+    top_logprobs: tuple[TopLogprob, ...] = ()
+
+
+class FinishEvent(msgspec.Struct, frozen=True, tag="finish"):
+    """Exactly one for each Request, and the last event it gets."""
+
+    request_id: str
+    reason: FinishReason
+    usage: Usage
+    error_code: str | None = None
+    """With reason ERROR: a code from ``errors.py`` such as ``engine_oom`` or ``engine_restarting``."""
+    error_message: str | None = None
+
+
+class PixelsWanted(msgspec.Struct, frozen=True, tag="pixels"):
+    """The encoder cache lacks this image: answer with ``provide(request_id, digest, pixels)``."""
+
+    request_id: str
+    digest: bytes
+
+
+Event = TokenEvent | FinishEvent | PixelsWanted
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Gauges are current; ``*_total`` only ever grow while the engine process lives."""
+
+    running: int = 0
+    waiting: int = 0
+    blocks_used: int = 0
+    blocks_total: int = 0
+    prompt_tokens_total: int = 0
+    image_tokens_total: int = 0
+    generated_tokens_total: int = 0
+    prefix_queries_total: int = 0
+    """Prompt tokens looked up in the prefix cache."""
+    prefix_hits_total: int = 0
+    encoder_queries_total: int = 0
+    """Images looked up in the encoder cache."""
+    encoder_hits_total: int = 0
+    images_encoded_total: int = 0
+    preemptions_total: int = 0
+    steps_total: int = 0
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What was loaded and what it leaves room for; told once, when the engine is ready."""
+
+    device: str
+    """Such as ``cuda:0 (NVIDIA H200)`` or ``cpu (2 threads)``."""
+    dtype: str
+    quantization: str = "none"
+    parameters: int
+    weight_bytes: int
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    load_seconds: float
+
+    @property
+    def kv_tokens(self) -> int:
+        return self.num_blocks * self.block_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """The bounds an engine runs within; every field resolved, no "auto" left."""
+
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    max_step_tokens: int
+    max_running: int
+    max_queue: int
+    encoder_cache_bytes: int
+    prefix_caching: bool = True
+    deterministic: bool = False
+
+
+class SequenceStatus(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True)
+class Sequence:
+    """One request while it lives: the only mutable noun, owned by the engine loop."""
+
+    request: Request
+    token_ids: list[int]
+    """Prompt and sampled tokens."""
+    status: SequenceStatus = SequenceStatus.WAITING
+    blocks: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    """Chained hashes of the full blocks of ``token_ids`` computed so far."""
+    num_cached_tokens: int = 0
+    """Tokens whose keys and values are in ``blocks``."""
+    num_hit_tokens: int = -1
+    """Prefix-cache hits when first scheduled; -1 before that."""
+
+    @property
+    def id(self) -> str:
+        return self.request.id
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt.token_ids)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.token_ids) - self.num_cached_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """The tokens ``[start, start + length)`` of one sequence, computed in this step."""
+
+    sequence: Sequence
+    start: int
+    length: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether this slice reaches the sequence's last token, so that a new one is sampled."""
+        return self.start + self.length == len(self.sequence.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step's decision. Decodes (slices of one token) stand first."""
+
+    slices: tuple[Slice, ...] = ()
+    encode: tuple[bytes, ...] = ()
+    """Cache keys of the images to encode before the decoder runs."""
+    preempted: tuple[Sequence, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(piece.length for piece in self.slices)

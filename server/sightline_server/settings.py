@@ -1,0 +1,260 @@
+"""The one table of settings: each row makes a flag, an environment variable and a row of `docs/settings.md`.
+
+Nothing else in the project reads the environment. An unknown or bad value stops the start with a sentence naming it.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+ENV_PREFIX = "SIGHTLINE_"
+
+
+class SettingsError(ValueError):
+    """A setting that can't be used; the sentence names it and says what would do."""
+
+
+def _row(
+    default: Any,
+    help: str,
+    *,
+    section: str,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    metavar: str | None = None,
+    secret: bool = False,
+) -> Any:
+    metadata = {
+        "help": help,
+        "section": section,
+        "minimum": minimum,
+        "maximum": maximum,
+        "metavar": metavar,
+        "secret": secret,
+    }
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    # Model
+    model: str = _row("", "Checkpoint folder. Empty: the bundled demo model.", section="Model", metavar="DIR")
+    random: str = _row(
+        "", "Serve random weights of a named true shape instead of a checkpoint.", section="Model", metavar="SHAPE"
+    )
+    random_seed: int = _row(0, "Seed of the random weights.", section="Model", minimum=0)
+    served_model_name: tuple[str, ...] = _row(
+        (), "Name(s) clients use; the first is the one reported. Default: the folder's name.", section="Model"
+    )
+    chat_template: str = _row(
+        "", "Jinja chat template file to use instead of the checkpoint's.", section="Model", metavar="FILE"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _row(
+        "auto",
+        "Precision of weights and activations. auto: the checkpoint's on a GPU, float32 on a CPU.",
+        section="Model",
+    )
+    max_model_len: int = _row(
+        0, "Longest prompt plus answer, in tokens. 0: what the checkpoint allows.", section="Model", minimum=0
+    )
+
+    # Engine
+    device: str = _row("auto", "auto, cpu, cuda or cuda:N.", section="Engine")
+    threads: int = _row(
+        0, "CPU threads for the engine. 0: the cores this process may use.", section="Engine", minimum=0
+    )
+    block_size: int = _row(16, "Tokens a cache block holds.", section="Engine", minimum=1, maximum=256)
+    max_step_tokens: int = _row(
+        0, "Most tokens computed in one step. 0: 2048 on a GPU, 512 on a CPU.", section="Engine", minimum=0
+    )
+    max_running: int = _row(256, "Most requests computed at once.", section="Engine", minimum=1)
+    gpu_memory_utilization: float = _row(
+        0.9,
+        "Share of the GPU's memory to use for weights, activations and cache.",
+        section="Engine",
+        minimum=0.05,
+        maximum=0.98,
+    )
+    cpu_cache_gb: float = _row(1.0, "Memory for the key/value cache on a CPU, in GiB.", section="Engine", minimum=0.001)
+    encoder_cache_mb: float = _row(
+        256.0, "Memory for encoded images kept for reuse, in MiB.", section="Engine", minimum=0
+    )
+    prefix_caching: bool = _row(True, "Reuse cached keys and values of equal prompt beginnings.", section="Engine")
+    deterministic: bool = _row(
+        False, "Make a request's bytes independent of what else runs, at a cost in speed.", section="Engine"
+    )
+
+    # HTTP
+    host: str = _row("127.0.0.1", "Address to listen on.", section="HTTP")
+    port: int = _row(8000, "Port to listen on. 0: any free one.", section="HTTP", minimum=0, maximum=65535)
+    api_key: tuple[str, ...] = _row(
+        (), "Key(s) clients must send. None: no key is needed.", section="HTTP", secret=True
+    )
+    api_key_file: str = _row("", "File with one key a line; # starts a comment.", section="HTTP", metavar="FILE")
+    cors_origins: tuple[str, ...] = _row((), "Browser origins that may call the API.", section="HTTP")
+    keep_alive_s: int = _row(120, "Seconds an idle connection stays open.", section="HTTP", minimum=1)
+    sse_keep_alive_s: float = _row(
+        15.0, "Seconds of silence in a stream before a keep-alive line. 0: never.", section="HTTP", minimum=0
+    )
+    drain_timeout_s: float = _row(
+        30.0, "Seconds that running requests get to finish after SIGTERM.", section="HTTP", minimum=0
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = _row(
+        "info", "Least severe log line written.", section="HTTP"
+    )
+    log_format: Literal["text", "json"] = _row("text", "How log lines are written.", section="HTTP")
+
+    # Limits
+    max_queue: int = _row(256, "Most requests waiting for the engine; more get 503.", section="Limits", minimum=1)
+    max_body_mb: float = _row(64.0, "Largest request body, in MiB.", section="Limits", minimum=0.001)
+    max_images: int = _row(16, "Most images in one request.", section="Limits", minimum=0)
+    max_image_mb: float = _row(20.0, "Largest encoded image, in MiB.", section="Limits", minimum=0.001)
+    max_image_megapixels: float = _row(50.0, "Most megapixels in one image.", section="Limits", minimum=0.001)
+    max_request_megapixels: float = _row(
+        120.0, "Most megapixels in all images of one request.", section="Limits", minimum=0.001
+    )
+    max_choices: int = _row(16, "Largest n of one request.", section="Limits", minimum=1, maximum=128)
+
+    # Image decoding
+    decode_workers: int = _row(
+        0, "Processes that decode images. 0: half the cores, at least one.", section="Image decoding", minimum=0
+    )
+    decode_timeout_s: float = _row(10.0, "Seconds one image may take to decode.", section="Image decoding", minimum=0.1)
+    decode_memory_mb: int = _row(
+        2048, "Address space of one decode process, in MiB.", section="Image decoding", minimum=256
+    )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting, as the command line, the environment and the docs see it."""
+
+    name: str
+    kind: type
+    """bool, int, float or str: the type of one value."""
+    many: bool
+    choices: tuple[str, ...]
+    default: Any
+    help: str
+    section: str
+    metavar: str | None
+    secret: bool
+    minimum: float | None
+    maximum: float | None
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def env(self) -> str:
+        return ENV_PREFIX + self.name.upper()
+
+    def parse(self, text: str, source: str) -> Any:
+        """The value written in ``text``. Raises SettingsError naming ``source`` (a flag or a variable)."""
+        if self.many:
+            return tuple(part.strip() for part in text.split(",") if part.strip())
+        if self.kind is bool:
+            known = {
+                "1": True,
+                "true": True,
+                "yes": True,
+                "on": True,
+                "0": False,
+                "false": False,
+                "no": False,
+                "off": False,
+            }
+            if text.strip().lower() not in known:
+                raise SettingsError(f"{source} must be true or false, not {text!r}.")
+            return known[text.strip().lower()]
+        if self.choices:
+            if text not in self.choices:
+                raise SettingsError(f"{source} must be one of {', '.join(self.choices)}, not {text!r}.")
+            return text
+        if self.kind is str:
+            return text
+        try:
+            number = self.kind(text)
+        except ValueError:
+            noun = "a whole number" if self.kind is int else "a number"
+            raise SettingsError(f"{source} must be {noun}, not {text!r}.") from None
+        if number != number or (self.minimum is not None and number < self.minimum):
+            raise SettingsError(f"{source} must be at least {self.minimum:g}, not {text}.")
+        if self.maximum is not None and number > self.maximum:
+            raise SettingsError(f"{source} must be at most {self.maximum:g}, not {text}.")
+        return number
+
+
+def rows() -> tuple[Row, ...]:
+    """All settings, in the order of the table."""
+    hints = get_type_hints(Settings)
+    made = []
+    for entry in fields(Settings):
+        assert entry.default is not MISSING
+        hint, many, choices = hints[entry.name], False, ()
+        if get_origin(hint) is tuple:
+            hint, many = get_args(hint)[0], True
+        elif get_origin(hint) is Literal:
+            hint, choices = str, get_args(hint)
+        made.append(
+            Row(name=entry.name, kind=hint, many=many, choices=choices, default=entry.default, **entry.metadata)
+        )
+    return tuple(made)
+
+
+def load(flags: Mapping[str, str | Sequence[str]], environ: Mapping[str, str] | None = None) -> Settings:
+    """Settings from ``flags`` (name -> text; several texts for a repeated flag), then the environment, then defaults.
+
+    Raises SettingsError for an unknown name or a value out of its range.
+    """
+    environ = os.environ if environ is None else environ
+    table = {row.name: row for row in rows()}
+    for name in flags:
+        if name not in table:
+            raise SettingsError(f"There is no setting {name!r}. Run 'sightline serve --help' for the list.")
+    known = {row.env for row in table.values()}
+    for variable in environ:
+        if variable.startswith(ENV_PREFIX) and variable not in known:
+            raise SettingsError(f"{variable} is no setting of Sightline. Run 'sightline serve --help' for the list.")
+    values: dict[str, Any] = {}
+    for row in table.values():
+        if row.name in flags:
+            given = flags[row.name]
+            texts = [given] if isinstance(given, str) else list(given)
+            parsed = [row.parse(text, row.flag) for text in texts]
+            values[row.name] = tuple(v for part in parsed for v in part) if row.many else parsed[-1]
+        elif environ.get(row.env):
+            values[row.name] = row.parse(environ[row.env], row.env)
+    settings = Settings(**values)
+    _check_together(settings)
+    return settings
+
+
+def _check_together(settings: Settings) -> None:
+    if settings.model and settings.random:
+        raise SettingsError("A model folder and --random exclude each other: give one.")
+    if settings.api_key_file and not Path(settings.api_key_file).is_file():
+        raise SettingsError(f"--api-key-file {settings.api_key_file!r} is no readable file.")
+    if settings.chat_template and not Path(settings.chat_template).is_file():
+        raise SettingsError(f"--chat-template {settings.chat_template!r} is no readable file.")
+    device = settings.device
+    if device not in ("auto", "cpu", "cuda") and not (device.startswith("cuda:") and device[5:].isdigit()):
+        raise SettingsError(f"--device must be auto, cpu, cuda or cuda:N, not {device!r}.")
+
+
+def describe(settings: Settings) -> dict[str, Any]:
+    """Every setting that differs from its default, secrets masked; for the start-up log."""
+    shown = {}
+    for row in rows():
+        value = getattr(settings, row.name)
+        if value != row.default:
+            shown[row.name] = "***" if row.secret else value
+    return shown
+
+
+def replace(settings: Settings, **changes: Any) -> Settings:
+    return dataclasses.replace(settings, **changes)
