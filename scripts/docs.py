@@ -1,0 +1,75 @@
+"""Writes the generated documents from the tables in the code; with --check, only says which are stale.
+
+Knows how a page looks. Knows nothing of what a setting does.
+"""
+
+import argparse
+import sys
+from itertools import groupby
+from pathlib import Path
+
+from sightline_server.settings import Row, rows
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "settings.md"
+
+HEAD = """# Settings
+
+<!-- Written by scripts/docs.py from server/sightline_server/settings.py. Edit that table, then run the script. -->
+
+Each setting is a flag of `sightline serve` and an environment variable. A flag wins over the variable, the variable
+over the default. An unknown `SIGHTLINE_` variable, or a value out of its range, stops the start with a sentence that
+names it. The model folder is also the first plain argument: `sightline serve /models/llava-1.5-7b-hf`.
+"""
+
+
+def _default(row: Row) -> str:
+    if row.many:
+        return ", ".join(f"`{value}`" for value in row.default) or "none"
+    if row.kind is bool:
+        return "on" if row.default else "off"
+    return f"`{row.default}`" if row.default != "" else "none"
+
+
+def _values(row: Row) -> str:
+    if row.choices:
+        return ", ".join(f"`{choice}`" for choice in row.choices)
+    if row.kind is bool:
+        return "`true`, `false`"
+    if row.kind is str:
+        return "text, several separated by commas" if row.many else "text"
+    noun = "whole number" if row.kind is int else "number"
+    if row.minimum is not None and row.maximum is not None:
+        return f"{noun}, {row.minimum:g} to {row.maximum:g}"
+    return f"{noun}, at least {row.minimum:g}" if row.minimum is not None else noun
+
+
+def settings_page() -> str:
+    parts = [HEAD]
+    for section, members in groupby(rows(), key=lambda row: row.section):
+        parts.append(
+            f"\n## {section}\n\n| flag | variable | values | default | what it does |\n|---|---|---|---|---|\n"
+        )
+        for row in members:
+            help_text = row.help.replace("|", "\\|")
+            parts.append(f"| `{row.flag}` | `{row.env}` | {_values(row)} | {_default(row)} | {help_text} |\n")
+    return "".join(parts)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Write the generated documents.")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail when a page is stale")
+    check = parser.parse_args().check
+    wanted = settings_page()
+    if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == wanted:
+        print(f"docs/{PAGE.name} is up to date")
+        return 0
+    if check:
+        print(f"docs/{PAGE.name} is stale: run .venv/bin/python scripts/docs.py", file=sys.stderr)
+        return 1
+    PAGE.write_text(wanted, encoding="utf-8")
+    print(f"docs/{PAGE.name} written")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
