@@ -188,14 +188,18 @@ class Sequence:
     request: Request
     token_ids: list[int]
     """Prompt and sampled tokens."""
+    order: int = 0
+    """Place in the order of arrival; survives preemption."""
     status: SequenceStatus = SequenceStatus.WAITING
     blocks: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
-    """Chained hashes of the full blocks of ``token_ids`` computed so far."""
+    """Chained hashes of the leading full blocks of ``token_ids``, computed or not."""
     num_cached_tokens: int = 0
     """Tokens whose keys and values are in ``blocks``."""
     num_hit_tokens: int = -1
     """Prefix-cache hits when first scheduled; -1 before that."""
+    pinned: set[bytes] = field(default_factory=set)
+    """Keys of images whose encoder outputs this sequence still needs."""
 
     @property
     def id(self) -> str:
@@ -212,6 +216,10 @@ class Sequence:
     @property
     def num_uncomputed(self) -> int:
         return len(self.token_ids) - self.num_cached_tokens
+
+    def image_key(self, span: ImageSpan) -> bytes:
+        """What the encoder cache knows the image by: tenants with different salts share nothing."""
+        return self.request.cache_salt + span.digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +243,8 @@ class StepPlan:
     slices: tuple[Slice, ...] = ()
     encode: tuple[bytes, ...] = ()
     """Cache keys of the images to encode before the decoder runs."""
+    wanted: tuple[tuple[Sequence, ImageSpan], ...] = ()
+    """Images that hold a sequence up because their pixels have not been provided."""
     preempted: tuple[Sequence, ...] = ()
 
     @property

@@ -1,0 +1,241 @@
+"""From settings and a checkpoint folder to an engine that is ready: device, precision, weights, cache size.
+
+The only place where "auto" is resolved. Knows nothing of processes or HTTP.
+"""
+
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sightline_models.config import VlmConfig, read_config
+from sightline_models.images import read_preprocess_config
+from sightline_models.kv import KvPool
+from sightline_models.vlm import Vlm
+from sightline_models.weights import load_vlm, random_vlm
+from sightline_server.engine.batch import build_batch
+from sightline_server.engine.blocks import BlockPool
+from sightline_server.engine.engine import Engine
+from sightline_server.engine.runner import Runner
+from sightline_server.engine.scheduler import Scheduler
+from sightline_server.engine.types import (
+    EngineConfig,
+    EngineInfo,
+    Prompt,
+    Request,
+    SamplingParams,
+    Sequence,
+    Slice,
+)
+from sightline_server.engine.vision_cache import VisionCache
+from sightline_server.settings import Settings, SettingsError
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str, float], None]
+"""Called with what is being done and how far it is, 0 to 1."""
+
+
+def load_engine(folder: Path, settings: Settings, progress: Progress) -> tuple[Engine, EngineInfo]:
+    """Load the checkpoint in ``folder`` (or random weights of its shape) and size the cache.
+
+    Raises CheckpointError for a folder that can't be loaded, SettingsError for settings that don't fit it or the
+    machine, torch.OutOfMemoryError when the weights don't fit the device.
+    """
+    began = time.monotonic()
+    device = choose_device(settings.device)
+    if device.type == "cpu":
+        torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
+    config = read_config(folder)
+    dtype = choose_dtype(settings.dtype, config, device)
+    normalization = read_preprocess_config(folder, config).normalization
+    progress("loading weights", 0.0)
+    if settings.random:
+        model = random_vlm(config, normalization, dtype=dtype, device=device, seed=settings.random_seed)
+    else:
+        model = load_vlm(
+            folder,
+            config,
+            normalization,
+            dtype=dtype,
+            device=device,
+            progress=lambda share: progress("loading weights", share),
+        )
+    progress("sizing the cache", 0.0)
+    limits = _limits(config, settings, device, dtype)
+    num_blocks = _count_blocks(model, config, settings, device, dtype, limits)
+    engine_config = _fit_to_cache(config, settings, limits, num_blocks)
+    engine = assemble(model, engine_config, device=device, dtype=dtype)
+    weights = [*model.parameters(), *model.buffers()]
+    info = EngineInfo(
+        device=_device_name(device),
+        dtype=str(dtype).removeprefix("torch."),
+        parameters=sum(tensor.numel() for tensor in model.parameters()),
+        weight_bytes=sum(tensor.nbytes for tensor in weights),
+        num_blocks=engine_config.num_blocks,
+        block_size=engine_config.block_size,
+        max_model_len=engine_config.max_model_len,
+        load_seconds=time.monotonic() - began,
+    )
+    log.info(
+        "%s on %s in %s: cache of %d tokens in %d blocks, context %d",
+        config.architecture,
+        info.device,
+        info.dtype,
+        info.kv_tokens,
+        info.num_blocks,
+        info.max_model_len,
+    )
+    return engine, info
+
+
+def assemble(model: Vlm, config: EngineConfig, *, device: torch.device, dtype: torch.dtype) -> Engine:
+    """An engine around a loaded model, with a cache as ``config`` says."""
+    kv = _allocate_cache(model.config, config.num_blocks, config.block_size, device, dtype)
+    blocks = BlockPool(config.num_blocks, caching=config.prefix_caching)
+    vision: VisionCache[Tensor] = VisionCache(config.encoder_cache_bytes)
+    scheduler = Scheduler(
+        config, blocks, vision, max_images_per_step=max_images_per_step(model.config, config.max_step_tokens)
+    )
+    return Engine(Runner(model, kv, vision, config, device), scheduler, blocks, config)
+
+
+def max_images_per_step(config: VlmConfig, max_step_tokens: int) -> int:
+    """As many images as a step's tokens could hold, and two for a prompt that begins and one that ends in it."""
+    return max_step_tokens // config.num_image_tokens + 2
+
+
+def choose_device(name: str) -> torch.device:
+    """The device ``name`` stands for; auto takes the first GPU, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise SettingsError(
+                f"--device {name}: torch sees no CUDA GPU. Run 'sightline doctor', or use --device cpu."
+            )
+        device = torch.device("cuda", device.index or 0)
+        if device.index >= torch.cuda.device_count():
+            raise SettingsError(f"--device {name}: this machine has {torch.cuda.device_count()} GPU(s).")
+    return device
+
+
+def choose_dtype(name: str, config: VlmConfig, device: torch.device) -> torch.dtype:
+    """The precision ``name`` stands for.
+
+    auto is the checkpoint's own on a GPU. On a CPU it is float32: it holds bfloat16 and float16 weights exactly, so
+    logits stay within rounding of the reference's, and decoding at small batches is as fast there.
+    """
+    if name == "auto":
+        name = config.dtype if device.type == "cuda" else "float32"
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype), f"{name} is no dtype"
+    if (
+        device.type == "cuda"
+        and dtype is torch.bfloat16
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        log.warning("this GPU has no bfloat16 arithmetic: using float16")
+        return torch.float16
+    return dtype
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def _limits(config: VlmConfig, settings: Settings, device: torch.device, dtype: torch.dtype) -> EngineConfig:
+    """All bounds but the cache's, which is sized by running within them."""
+    longest = config.decoder.max_position_embeddings
+    if settings.max_model_len > longest:
+        raise SettingsError(
+            f"--max-model-len {settings.max_model_len} is more than the {longest} positions this checkpoint knows."
+        )
+    max_step_tokens = settings.max_step_tokens or (2048 if device.type == "cuda" else 512)
+    return EngineConfig(
+        num_blocks=1,
+        block_size=settings.block_size,
+        max_model_len=settings.max_model_len or longest,
+        max_step_tokens=max_step_tokens,
+        # Every running request gets a token a step.
+        max_running=min(settings.max_running, max_step_tokens),
+        max_queue=settings.max_queue,
+        encoder_cache_bytes=int(settings.encoder_cache_mb * 2**20),
+        prefix_caching=settings.prefix_caching,
+        deterministic=settings.deterministic,
+    )
+
+
+def _count_blocks(
+    model: Vlm,
+    config: VlmConfig,
+    settings: Settings,
+    device: torch.device,
+    dtype: torch.dtype,
+    limits: EngineConfig,
+) -> int:
+    """Blocks the cache may have, its scratch block not counted."""
+    a_block = KvPool.bytes_per_block(config.decoder, block_size=limits.block_size, dtype=dtype)
+    if device.type == "cpu":
+        return int(settings.cpu_cache_gb * 2**30) // a_block - 1
+    free, total = torch.cuda.mem_get_info(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    _run_worst_case(model, config, limits, device, dtype)
+    needed_by_steps = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    # What others hold, and what torch holds outside tensors, counts against our share too.
+    left = int(total * settings.gpu_memory_utilization) - (total - free)
+    return (left - needed_by_steps - limits.encoder_cache_bytes) // a_block - 1
+
+
+def _run_worst_case(
+    model: Vlm, config: VlmConfig, limits: EngineConfig, device: torch.device, dtype: torch.dtype
+) -> None:
+    """The step that needs most memory: the largest image batch, a full token budget, every row sampled."""
+    length = min(limits.max_step_tokens, limits.max_model_len)
+    num_blocks = -(-length // limits.block_size)
+    kv = _allocate_cache(config, num_blocks, limits.block_size, device, dtype)
+    size = config.vision.image_size
+    num_images = 1 if limits.deterministic else max_images_per_step(config, limits.max_step_tokens)
+    request = Request(id="worst-case", prompt=Prompt((0,) * length), sampling=SamplingParams(max_tokens=1))
+    sequence = Sequence(request, list(request.prompt.token_ids), blocks=list(range(num_blocks)))
+    with torch.inference_mode():
+        model.encode_images(torch.zeros(num_images, size, size, 3, dtype=torch.uint8, device=device))
+        batch = build_batch(
+            [Slice(sequence, 0, length)], block_size=limits.block_size, scratch_block=num_blocks, device=device
+        )
+        hidden_TD = model(model.embed(batch.token_ids_T), batch.positions_T, kv, batch.layout)
+        logits_SV = model.logits(hidden_TD[: limits.max_running])
+        # Filters sort, and a sort holds values, order and scratch at once.
+        logits_SV.sort(dim=-1)
+
+
+def _fit_to_cache(config: VlmConfig, settings: Settings, limits: EngineConfig, num_blocks: int) -> EngineConfig:
+    tokens = max(0, num_blocks) * limits.block_size
+    least = config.num_image_tokens + limits.block_size
+    if tokens < least or tokens < settings.max_model_len:
+        wanted = max(least, settings.max_model_len)
+        raise SettingsError(
+            f"The memory set aside leaves a cache of {tokens} tokens and {wanted} are needed. "
+            "Raise --cpu-cache-gb (CPU) or --gpu-memory-utilization (GPU), or lower --max-model-len."
+        )
+    values = {name: getattr(limits, name) for name in limits.__dataclass_fields__}
+    values.update(num_blocks=num_blocks, max_model_len=min(limits.max_model_len, tokens))
+    return EngineConfig(**values)
+
+
+def _allocate_cache(
+    config: VlmConfig, num_blocks: int, block_size: int, device: torch.device, dtype: torch.dtype
+) -> KvPool:
+    # One block more than the books know: scratch for padding rows.
+    return KvPool.allocate(config.decoder, num_blocks=num_blocks + 1, block_size=block_size, dtype=dtype, device=device)

@@ -1,0 +1,264 @@
+"""Decides, step by step, which tokens of which sequences are computed.
+
+First come, first served within a priority class; decodes first, then prompts in chunks up to the token budget.
+Knows counts, blocks and keys. Knows no tensor, no text and no clock.
+"""
+
+from bisect import insort
+from collections.abc import Container, Iterator
+from typing import Any
+
+from sightline_server.engine.blocks import BlockPool, chain_hashes
+from sightline_server.engine.types import (
+    EngineConfig,
+    ImageSpan,
+    Request,
+    Sequence,
+    SequenceStatus,
+    Slice,
+    StepPlan,
+)
+from sightline_server.engine.vision_cache import VisionCache
+
+LOOKAHEAD = 8
+"""Waiting sequences whose pixels are asked for before their turn, so that decoding overlaps with computing."""
+
+
+def _turn(sequence: Sequence) -> tuple[int, int]:
+    return sequence.request.priority, sequence.order
+
+
+class Scheduler:
+    """Owns the waiting line, the running list and the block books."""
+
+    def __init__(
+        self, config: EngineConfig, blocks: BlockPool, vision: VisionCache[Any], *, max_images_per_step: int
+    ) -> None:
+        self._config = config
+        self._blocks = blocks
+        self._vision = vision
+        self._max_images = max_images_per_step
+        self._arrivals = 0
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        self.num_prefix_queries = 0
+        self.num_prefix_hits = 0
+        self.num_encoder_queries = 0
+        self.num_encoder_hits = 0
+
+    def add(self, request: Request) -> Sequence:
+        """Put a request at the end of its class's line. The caller has checked that it fits the cache."""
+        self._arrivals += 1
+        sequence = Sequence(request, list(request.prompt.token_ids), order=self._arrivals)
+        if self._config.prefix_caching:
+            chain_hashes(request, sequence.token_ids, self._config.block_size, sequence.block_hashes)
+        insort(self.waiting, sequence, key=_turn)
+        return sequence
+
+    def finish(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it stands. Its blocks' content stays findable."""
+        if sequence.status is SequenceStatus.RUNNING:
+            self.running.remove(sequence)
+        elif sequence.status is SequenceStatus.WAITING:
+            self.waiting.remove(sequence)
+        self._release(sequence)
+        sequence.status = SequenceStatus.FINISHED
+
+    def plan(self, pixels: Container[bytes]) -> StepPlan:
+        """The next step's decision. ``pixels`` holds the keys of the images that could be encoded now.
+
+        Sequences are moved between the lines and given blocks here; token counts change in ``commit``.
+        """
+        planner = _StepPlanner(self._config.max_step_tokens, self._max_images, self._vision, pixels)
+        preempted: list[Sequence] = []
+        for sequence in list(self.running):
+            if (
+                sequence.status is SequenceStatus.RUNNING
+                and sequence.num_uncomputed == 1
+                and planner.budget > 0
+                and self._room_for_next_token(sequence, preempted)
+            ):
+                planner.take(sequence)
+        for sequence in self.running:
+            if sequence.num_uncomputed > 1 and planner.budget > 0:
+                planner.take(sequence)
+        if not preempted:
+            self._admit(planner)
+        self._look_ahead(planner)
+        return StepPlan(
+            slices=tuple(sorted(planner.slices, key=lambda piece: piece.length > 1)),
+            encode=tuple(planner.encode),
+            wanted=tuple(planner.wanted),
+            preempted=tuple(preempted),
+        )
+
+    def commit(self, plan: StepPlan) -> None:
+        """Record that the plan's tokens are computed: full blocks become findable, spent images are unpinned."""
+        size = self._config.block_size
+        for piece in plan.slices:
+            sequence, end = piece.sequence, piece.start + piece.length
+            sequence.num_cached_tokens = end
+            if self._config.prefix_caching and end // size > piece.start // size:
+                chain_hashes(sequence.request, sequence.token_ids[:end], size, sequence.block_hashes)
+                for index in range(piece.start // size, end // size):
+                    self._blocks.publish(sequence.blocks[index], sequence.block_hashes[index])
+            if sequence.pinned:
+                for span in sequence.request.prompt.images:
+                    if span.start + span.length <= end:
+                        self._unpin(sequence, sequence.image_key(span))
+
+    def check(self) -> None:
+        """Assert that no block or pin is held by anything but a running sequence."""
+        self._blocks.check([sequence.blocks for sequence in self.running])
+        for sequence in self.waiting:
+            assert not sequence.blocks, f"waiting request {sequence.id} holds blocks {sequence.blocks}"
+            assert not sequence.pinned, f"waiting request {sequence.id} holds {len(sequence.pinned)} pins"
+        pins = {key for sequence in self.running for key in sequence.pinned}
+        assert self._vision.num_pinned == len(pins), f"{self._vision.num_pinned} pins, {len(pins)} in use"
+
+    def _room_for_next_token(self, sequence: Sequence, preempted: list[Sequence]) -> bool:
+        """Give a decode the block its next token needs, preempting from the end of the line when none is left."""
+        needed = self._blocks_for(len(sequence.token_ids)) - len(sequence.blocks)
+        while needed > self._blocks.num_free:
+            victim = max(self.running, key=_turn)
+            self._preempt(victim)
+            preempted.append(victim)
+            if victim is sequence:
+                return False
+        sequence.blocks += self._blocks.allocate(needed)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._release(sequence)
+        sequence.status = SequenceStatus.WAITING
+        sequence.num_cached_tokens = 0
+        insort(self.waiting, sequence, key=_turn)
+        self.num_preemptions += 1
+
+    def _admit(self, planner: "_StepPlanner") -> None:
+        computing = {key for sequence in self.running for key in self._keys_under_way(sequence)}
+        for sequence in list(self.waiting):
+            if planner.budget <= 0 or len(self.running) >= self._config.max_running:
+                return
+            hits = self._find_prefix(sequence)
+            next_key = sequence.block_hashes[len(hits) : self._num_findable(sequence)][:1]
+            if next_key and next_key[0] in computing:
+                # Another sequence is computing this very block: next step it will be a hit.
+                continue
+            start = len(hits) * self._config.block_size
+            if planner.reach(sequence, start) == 0:
+                continue
+            needed = self._blocks_for(len(sequence.token_ids)) - len(hits)
+            reserve = len(self.running) // self._config.block_size + 1 if self.running else 0
+            if needed + reserve > self._blocks.num_free - self._blocks.num_idle_among(hits):
+                return
+            self._blocks.share(hits)
+            sequence.blocks = hits + self._blocks.allocate(needed)
+            sequence.num_cached_tokens = start
+            sequence.status = SequenceStatus.RUNNING
+            self.waiting.remove(sequence)
+            insort(self.running, sequence, key=_turn)
+            self._count_hits(sequence, start)
+            planner.take(sequence)
+            computing.update(self._keys_under_way(sequence))
+
+    def _count_hits(self, sequence: Sequence, hit_tokens: int) -> None:
+        if sequence.num_hit_tokens >= 0:
+            return
+        sequence.num_hit_tokens = hit_tokens
+        self.num_prefix_queries += sequence.num_prompt_tokens
+        self.num_prefix_hits += hit_tokens
+        for span in sequence.request.prompt.images:
+            if span.start + span.length > hit_tokens:
+                self.num_encoder_queries += 1
+                self.num_encoder_hits += sequence.image_key(span) in self._vision
+
+    def _look_ahead(self, planner: "_StepPlanner") -> None:
+        for sequence in self.waiting[:LOOKAHEAD]:
+            if sequence.request.prompt.images:
+                planner.want_missing(sequence, len(self._find_prefix(sequence)) * self._config.block_size)
+
+    def _num_findable(self, sequence: Sequence) -> int:
+        """Leading blocks that may be taken from the cache: the last token is always computed, to sample from."""
+        return min(len(sequence.block_hashes), (len(sequence.token_ids) - 1) // self._config.block_size)
+
+    def _find_prefix(self, sequence: Sequence) -> list[int]:
+        return self._blocks.find(sequence.block_hashes[: self._num_findable(sequence)])
+
+    def _keys_under_way(self, sequence: Sequence) -> Iterator[bytes]:
+        if sequence.num_uncomputed > 1:
+            yield from sequence.block_hashes[sequence.num_cached_tokens // self._config.block_size :]
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._config.block_size)
+
+    def _release(self, sequence: Sequence) -> None:
+        self._blocks.release(sequence.blocks)
+        sequence.blocks = []
+        for key in list(sequence.pinned):
+            self._unpin(sequence, key)
+
+    def _unpin(self, sequence: Sequence, key: bytes) -> None:
+        if key in sequence.pinned:
+            sequence.pinned.remove(key)
+            self._vision.unpin(key)
+
+
+class _StepPlanner:
+    """One step's plan while it grows: what budget is left and what was taken."""
+
+    def __init__(self, budget: int, max_images: int, vision: VisionCache[Any], pixels: Container[bytes]) -> None:
+        self.budget = budget
+        self.slices: list[Slice] = []
+        self.encode: dict[bytes, None] = {}
+        self.wanted: list[tuple[Sequence, ImageSpan]] = []
+        self._max_images = max_images
+        self._vision = vision
+        self._pixels = pixels
+
+    def take(self, sequence: Sequence) -> None:
+        """Plan as much of the sequence as the budget and its images allow; pin the images it touches."""
+        start = sequence.num_cached_tokens
+        length = self.reach(sequence, start)
+        if length == 0:
+            return
+        for span in _touched(sequence, start, length):
+            key = sequence.image_key(span)
+            if key not in self._vision:
+                self.encode[key] = None
+            if key not in sequence.pinned:
+                sequence.pinned.add(key)
+                self._vision.pin(key)
+        self.slices.append(Slice(sequence, start, length))
+        self.budget -= length
+
+    def reach(self, sequence: Sequence, start: int) -> int:
+        """How many tokens from ``start`` could be computed now; an image that can't be encoded yet cuts it short."""
+        length = min(self.budget, len(sequence.token_ids) - start)
+        num_new = 0
+        for span in _touched(sequence, start, length):
+            key = sequence.image_key(span)
+            if key in self._vision or key in self.encode:
+                continue
+            if key not in self._pixels:
+                self.want_missing(sequence, start)
+                return max(0, span.start - start)
+            num_new += 1
+            if len(self.encode) + num_new > self._max_images:
+                return max(0, span.start - start)
+        return length
+
+    def want_missing(self, sequence: Sequence, start: int) -> None:
+        """Ask for the pixels of every image at or after ``start`` that is neither encoded nor at hand."""
+        for span in sequence.request.prompt.images:
+            key = sequence.image_key(span)
+            if span.start + span.length > start and key not in self._vision and key not in self._pixels:
+                self.wanted.append((sequence, span))
+
+
+def _touched(sequence: Sequence, start: int, length: int) -> Iterator[ImageSpan]:
+    for span in sequence.request.prompt.images:
+        if span.start < start + length and start < span.start + span.length:
+            yield span

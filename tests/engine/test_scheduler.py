@@ -1,0 +1,238 @@
+"""Plans without a model: budgets, order, preemption, waiting for pixels, sharing of prefixes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from sightline_server.engine.blocks import BlockPool
+from sightline_server.engine.scheduler import Scheduler
+from sightline_server.engine.types import (
+    EngineConfig,
+    ImageSpan,
+    Prompt,
+    Request,
+    SamplingParams,
+    Sequence,
+    SequenceStatus,
+    StepPlan,
+)
+from sightline_server.engine.vision_cache import VisionCache
+
+
+@dataclass
+class Entry:
+    nbytes: int = 1
+
+
+class House:
+    """A scheduler with its books, and a stand-in for the runner that puts encoded images into the cache."""
+
+    def __init__(self, *, num_blocks: int = 100, budget: int = 64, max_running: int = 16, **more: Any) -> None:
+        self.config = EngineConfig(
+            num_blocks=num_blocks,
+            block_size=4,
+            max_model_len=num_blocks * 4,
+            max_step_tokens=budget,
+            max_running=max_running,
+            max_queue=99,
+            encoder_cache_bytes=more.pop("encoder_cache_bytes", 100),
+            **more,
+        )
+        self.blocks = BlockPool(num_blocks, caching=self.config.prefix_caching)
+        self.vision: VisionCache[Entry] = VisionCache(self.config.encoder_cache_bytes)
+        self.scheduler = Scheduler(self.config, self.blocks, self.vision, max_images_per_step=3)
+        self.pixels: set[bytes] = set()
+
+    def add(
+        self, name: str, tokens: int | tuple[int, ...], *, images: tuple[ImageSpan, ...] = (), priority: int = 0
+    ) -> Sequence:
+        ids = tokens if isinstance(tokens, tuple) else tuple(hash(name) % 1000 + i for i in range(tokens))
+        return self.scheduler.add(
+            Request(id=name, prompt=Prompt(ids, images), sampling=SamplingParams(max_tokens=99), priority=priority)
+        )
+
+    def step(self) -> StepPlan:
+        plan = self.scheduler.plan(self.pixels)
+        for key in plan.encode:
+            assert key in self.pixels
+            self.vision.put(key, Entry())
+        self.scheduler.commit(plan)
+        for piece in plan.slices:
+            if piece.start + piece.length == len(piece.sequence.token_ids):
+                piece.sequence.token_ids.append(1)
+        self.scheduler.check()
+        return plan
+
+
+def shape(plan: StepPlan) -> list[tuple[str, int, int]]:
+    return [(piece.sequence.id, piece.start, piece.length) for piece in plan.slices]
+
+
+def test_decodes_stand_first_and_prompts_fill_the_budget() -> None:
+    house = House(budget=8)
+    house.add("a", 5)
+    assert shape(house.step()) == [("a", 0, 5)]
+    house.add("b", 20)
+    assert shape(house.step()) == [("a", 5, 1), ("b", 0, 7)]
+    assert shape(house.step()) == [("a", 6, 1), ("b", 7, 7)]
+    assert shape(house.step()) == [("a", 7, 1), ("b", 14, 6)]
+    assert shape(house.step()) == [("a", 8, 1), ("b", 20, 1)]
+
+
+def test_first_come_first_served_within_a_class() -> None:
+    house = House(budget=4)
+    house.add("batch", 4, priority=1)
+    house.add("first", 4)
+    house.add("second", 4)
+    assert [shape(house.step())[-1][0] for _ in range(3)] == ["first", "second", "batch"]
+
+
+def test_no_more_run_than_allowed() -> None:
+    house = House(max_running=2)
+    for name in "abc":
+        house.add(name, 3)
+    house.step()
+    assert [s.id for s in house.scheduler.running] == ["a", "b"]
+    house.scheduler.finish(house.scheduler.running[0])
+    house.step()
+    assert [s.id for s in house.scheduler.running] == ["b", "c"]
+
+
+def test_the_latest_comer_is_preempted_and_comes_back_in_its_place() -> None:
+    house = House(num_blocks=5, prefix_caching=False)
+    a, b = house.add("a", 7), house.add("b", 7)
+    house.add("c", 3)
+    house.step()
+    assert [s.id for s in house.scheduler.running] == ["a", "b"]
+    preempted: list[str] = []
+    while not preempted:
+        preempted = [s.id for s in house.step().preempted]
+    assert preempted == ["b"]
+    assert b.status is SequenceStatus.WAITING
+    assert b.num_cached_tokens == 0
+    assert [s.id for s in house.scheduler.waiting] == ["b", "c"]
+    house.scheduler.finish(a)
+    assert shape(house.step())[0] == ("b", 0, len(b.token_ids) - 1)
+    assert house.scheduler.num_preemptions == 1
+
+
+def test_a_prompt_seen_before_is_not_computed_again() -> None:
+    house = House()
+    tokens = tuple(range(17))
+    first = house.add("a", tokens)
+    house.step()
+    second = house.add("b", tokens)
+    assert shape(house.step()) == [("a", 17, 1), ("b", 16, 1)]
+    assert second.num_hit_tokens == 16
+    assert second.blocks[:4] == first.blocks[:4]
+    # The last token is computed even when every block is known: something must be sampled from.
+    third = house.add("c", tokens[:16])
+    house.step()
+    assert third.num_hit_tokens == 12
+
+
+def test_of_equal_prompts_at_once_one_is_computed() -> None:
+    house = House()
+    tokens = tuple(range(17))
+    house.add("a", tokens)
+    house.add("b", tokens)
+    house.add("other", tuple(range(100, 109)))
+    assert shape(house.step()) == [("a", 0, 17), ("other", 0, 9)]
+    assert ("b", 16, 1) in shape(house.step())
+
+
+def test_without_prefix_caching_equal_prompts_are_computed_apart() -> None:
+    house = House(prefix_caching=False)
+    house.add("a", tuple(range(17)))
+    house.add("b", tuple(range(17)))
+    assert shape(house.step()) == [("a", 0, 17), ("b", 0, 17)]
+
+
+CAT = b"c" * 32
+
+
+def test_a_sequence_waits_for_its_pixels_and_others_pass_it() -> None:
+    house = House()
+    house.add("look", 12, images=(ImageSpan(0, 8, CAT),))
+    house.add("talk", 3)
+    plan = house.step()
+    assert shape(plan) == [("talk", 0, 3)]
+    assert {(s.id, span.digest) for s, span in plan.wanted} == {("look", CAT)}
+    house.pixels.add(CAT)
+    plan = house.step()
+    assert plan.encode == (CAT,)
+    assert ("look", 0, 12) in shape(plan)
+    assert house.vision.num_pinned == 0
+
+
+def test_text_before_a_missing_image_is_computed_meanwhile() -> None:
+    house = House()
+    house.add("look", 20, images=(ImageSpan(6, 8, CAT),))
+    assert shape(house.step()) == [("look", 0, 6)]
+    assert shape(house.step()) == []
+    house.pixels.add(CAT)
+    assert shape(house.step()) == [("look", 6, 14)]
+
+
+def test_an_image_stays_pinned_while_its_tokens_are_cut_into_chunks() -> None:
+    house = House(budget=3, encoder_cache_bytes=0)
+    house.pixels.add(CAT)
+    house.add("look", 10, images=(ImageSpan(1, 8, CAT),))
+    plans = [house.step() for _ in range(4)]
+    assert [plan.encode for plan in plans] == [(CAT,), (), (), ()]
+    assert [shape(plan)[0][1:] for plan in plans] == [(0, 3), (3, 3), (6, 3), (9, 1)]
+    assert CAT not in house.vision
+
+
+def test_images_a_step_are_bounded() -> None:
+    house = House()
+    spans = tuple(ImageSpan(4 * i, 4, bytes([i]) * 32) for i in range(5))
+    house.pixels.update(span.digest for span in spans)
+    house.add("album", 24, images=spans)
+    first, second = house.step(), house.step()
+    assert (len(first.encode), len(second.encode)) == (3, 2)
+    assert shape(first) == [("album", 0, 12)]
+    assert shape(second) == [("album", 12, 12)]
+
+
+def test_a_cached_image_prefix_needs_no_pixels() -> None:
+    house = House(encoder_cache_bytes=0)
+    house.pixels.add(CAT)
+    tokens = (7,) * 8 + tuple(range(9))
+    house.add("a", tokens, images=(ImageSpan(0, 8, CAT),))
+    house.step()
+    house.pixels.clear()
+    house.add("b", tokens[:8] + tuple(range(50, 56)), images=(ImageSpan(0, 8, CAT),))
+    plan = house.step()
+    assert plan.wanted == ()
+    assert ("b", 8, 6) in shape(plan)
+
+
+def test_finishing_anywhere_leaves_nothing_behind() -> None:
+    house = House(budget=5, encoder_cache_bytes=0)
+    house.pixels.add(CAT)
+    a = house.add("a", 10, images=(ImageSpan(0, 8, CAT),))
+    b = house.add("b", 10)
+    house.step()
+    assert house.vision.num_pinned == 1
+    for sequence in (a, b):
+        house.scheduler.finish(sequence)
+    house.scheduler.check()
+    assert house.blocks.num_used == 0
+    assert len(house.vision) == 0
+
+
+@pytest.mark.parametrize("num_blocks", [6, 9, 30])
+def test_everything_ends_whatever_the_cache_size(num_blocks: int) -> None:
+    house = House(num_blocks=num_blocks, budget=6, max_running=5)
+    house.pixels.add(CAT)
+    sequences = [house.add(f"r{i}", 4 + i, images=(ImageSpan(1, 3, CAT),) if i % 3 == 0 else ()) for i in range(10)]
+    for _ in range(400):
+        house.step()
+        for sequence in sequences:
+            if sequence.status is not SequenceStatus.FINISHED and sequence.num_generated >= 8:
+                house.scheduler.finish(sequence)
+    assert all(sequence.status is SequenceStatus.FINISHED for sequence in sequences)
+    house.scheduler.check()
+    assert house.blocks.num_used == 0
