@@ -1,0 +1,23 @@
+"""Rotary position embedding in the half-split convention, in plain torch.
+
+Dimension ``i`` of a head turns with dimension ``i + D/2``. Knows angles, not positions.
+Suffixes: T packed tokens, H query heads, G key heads, D head dim.
+"""
+
+import torch
+from torch import Tensor
+
+
+def apply_rotary(q_THD: Tensor, k_TGD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """Return queries and keys turned by their tokens' angles.
+
+    ``cos_TD`` repeats the D/2 cosines in both halves; ``sin_TD`` holds the negated sines in its first half and the
+    sines in its second, so that one multiply-add by the swapped halves does the turn.
+    """
+    cos_T1D, sin_T1D = cos_TD.unsqueeze(1), sin_TD.unsqueeze(1)
+    return _turn(q_THD, cos_T1D, sin_T1D), _turn(k_TGD, cos_T1D, sin_T1D)
+
+
+def _turn(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
+    swapped_THD = x_THD.roll(x_THD.shape[-1] // 2, dims=-1)
+    return torch.addcmul(x_THD * cos_T1D, swapped_THD, sin_T1D)
