@@ -1,0 +1,198 @@
+"""One engine process from its start to its death: spawned, spoken to over two sockets, watched, ended.
+
+Knows the process, the sockets and the silence that gives a hung process away. Knows nothing of requests, and never
+starts a second process: that is ``client.py``. Each child has its own sockets, so nothing late from a dead one can be
+taken for a word of the next.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import zmq
+
+from sightline_server.engine import wire
+from sightline_server.settings import ENV_PREFIX
+
+log = logging.getLogger("sightline.engine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How long a loaded engine process may say nothing, in seconds, before it counts as hung and is killed."""
+
+    silence_s: float = 10.0
+    """Without any message; a thread of its own beats once a second, so this means a stopped or wedged process."""
+    cpu_step_s: float = 600.0
+    """Within one step on a CPU, where the prompt of a large model takes minutes."""
+    gpu_step_s: float = 120.0
+    """Within one step on a GPU; the first one compiles kernels."""
+
+
+class ChildProcess:
+    """``on_report`` is called with each message in the order sent, in the event loop; it must not block."""
+
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        context: zmq.Context[zmq.Socket[bytes]],
+        commands: zmq.Socket[bytes],
+        reports: zmq.Socket[bytes],
+        folder: Path,
+        on_report: Callable[[wire.Report], None],
+        patience: Patience,
+    ) -> None:
+        self._process = process
+        self._context = context
+        self._commands = commands
+        self._reports = reports
+        self._folder = folder
+        self._on_report = on_report
+        self._patience = patience
+        self._step_limit_s = patience.cpu_step_s
+        self._loaded = False
+        self._reports_read = 0
+        self._closed = False
+        self._watchdog = asyncio.create_task(self._watch(), name="engine watchdog")
+        # The descriptor says "look again", not "here is a message": always read until there is none.
+        asyncio.get_running_loop().add_reader(reports.fileno(), self._read)
+        asyncio.get_running_loop().call_soon(self._read)
+
+    @classmethod
+    async def spawn(
+        cls, on_report: Callable[[wire.Report], None], *, factory: str | None, patience: Patience
+    ) -> "ChildProcess":
+        """Starts the process; it says ``Hello`` once it is up. Raises OSError."""
+        folder = Path(tempfile.mkdtemp(prefix="sightline-"))
+        context = zmq.Context[zmq.Socket[bytes]]()
+        try:
+            commands, reports = context.socket(zmq.PUSH), context.socket(zmq.PULL)
+            # What is under way to the engine is bounded by the requests in flight: sending must never block the loop.
+            commands.set_hwm(0)
+            commands.bind(f"ipc://{folder}/commands")
+            reports.bind(f"ipc://{folder}/reports")
+            arguments = ["--commands", f"ipc://{folder}/commands", "--reports", f"ipc://{folder}/reports"]
+            arguments += ["--parent", str(os.getpid())]
+            if factory is not None:
+                arguments += ["--factory", factory]
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                # -P: what lies in the current folder is no module of ours.
+                *("-P", "-m", "sightline_server.engine.worker", *arguments),
+                stdin=asyncio.subprocess.DEVNULL,
+                # Libraries print there what belongs into a log.
+                stdout=sys.__stderr__.fileno() if sys.__stderr__ else asyncio.subprocess.DEVNULL,
+                env={name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)},
+            )
+        except BaseException:
+            context.destroy(linger=0)
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        return cls(process, context, commands, reports, folder, on_report, patience)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def send(self, command: wire.Command) -> None:
+        self._send(wire.encode(command))
+
+    def send_pixels(self, request_id: str, digest: bytes, pixels: wire.Pixels) -> None:
+        self._send(*wire.encode_pixels(request_id, digest, pixels))
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+
+    async def stop(self, grace_s: float) -> None:
+        """Asks the process to exit and kills it when it hasn't after ``grace_s``."""
+        self.send(wire.Stop())
+        try:
+            async with asyncio.timeout(grace_s):
+                await self._process.wait()
+        except TimeoutError:
+            self.kill()
+
+    async def died(self) -> str:
+        """Returns once the process is gone and its last words are delivered; says how it ended."""
+        status = await self._process.wait()
+        read_before = -1
+        while read_before != self._reports_read:
+            read_before = self._reports_read
+            await asyncio.sleep(0.05)
+        self._close()
+        if status < 0:
+            return f"was killed by {_signal_name(-status)}"
+        return f"ended with status {status}"
+
+    def _send(self, *frames: bytes | memoryview) -> None:
+        # A process that is gone takes nothing more; its requests end when its death is noticed.
+        if not self._closed:
+            with contextlib.suppress(zmq.Again):
+                self._commands.send_multipart(frames, zmq.NOBLOCK, copy=True)
+
+    def _read(self) -> None:
+        while not self._closed:
+            try:
+                frame = self._reports.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._reports_read += 1
+            try:
+                report = wire.decode_report(frame)
+            except wire.WireError:
+                log.exception("The engine process is killed.")
+                self.kill()
+                return
+            self._note(report)
+            self._on_report(report)
+
+    def _note(self, report: wire.Report) -> None:
+        match report:
+            case wire.Ready(info):
+                self._loaded = True
+                on_gpu = info.device.startswith("cuda")
+                self._step_limit_s = self._patience.gpu_step_s if on_gpu else self._patience.cpu_step_s
+                # Both of its connections stand by now: nobody else can connect, and nothing is left to clean up.
+                shutil.rmtree(self._folder, ignore_errors=True)
+            case wire.Heartbeat(step_seconds) if step_seconds > self._step_limit_s:
+                log.error("The engine has been in one step for %.0f s; its process is killed.", step_seconds)
+                self.kill()
+
+    async def _watch(self) -> None:
+        """Kills a loaded process that says nothing.
+
+        Silence is counted in naps of this loop, not in time gone by: when this process was held up itself (a laptop
+        asleep, Ctrl-Z), it must first look at what has come meanwhile.
+        """
+        nap_s = min(1.0, self._patience.silence_s / 4)
+        silent_s = 0.0
+        while silent_s < self._patience.silence_s:
+            read_before = self._reports_read
+            await asyncio.sleep(nap_s)
+            spoke = self._reports_read != read_before
+            silent_s = 0.0 if spoke or not self._loaded else silent_s + nap_s
+        log.error("The engine process has been silent for %.0f s; it is killed.", silent_s)
+        self.kill()
+
+    def _close(self) -> None:
+        self._closed = True
+        self._watchdog.cancel()
+        asyncio.get_running_loop().remove_reader(self._reports.fileno())
+        self._context.destroy(linger=0)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -1,0 +1,359 @@
+"""The API process's view of the engine: submit a request, read its events, whatever becomes of the process behind.
+
+Supervises that process: starts it, ends every request with one named reason when it dies, and starts it again. Knows
+requests and events. Knows no torch, no HTTP and no text.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from sightline_models.images import ImageError
+from sightline_server import settings as settings_table
+from sightline_server.engine import wire
+from sightline_server.engine.child import ChildProcess, Patience
+from sightline_server.engine.types import (
+    EngineInfo,
+    EngineStats,
+    FinishEvent,
+    FinishReason,
+    PixelsWanted,
+    Request,
+    TokenEvent,
+    Usage,
+)
+from sightline_server.errors import ApiError, Unavailable
+from sightline_server.settings import Settings
+
+log = logging.getLogger("sightline.engine")
+
+PixelSource = Callable[[bytes], Awaitable[wire.Pixels]]
+"""digest -> uint8 [height, width, 3]; raises ImageError."""
+
+OVERLOADED_RETRY_S = 2.0
+LONGEST_RETRY_S = 60.0
+STOP_GRACE_S = 5.0
+
+
+class EngineStartError(RuntimeError):
+    """The engine can't be started; the sentence says why and is meant for the operator."""
+
+
+class EngineClient(Protocol):
+    """What the API asks of an engine, be it a process (``EngineProcess``) or a test's fake."""
+
+    restarts: int
+
+    @property
+    def ready(self) -> bool: ...
+    @property
+    def info(self) -> EngineInfo | None:
+        """What was loaded; None until first ready."""
+
+    @property
+    def stats(self) -> EngineStats:
+        """The latest figures."""
+
+    async def start(self) -> None:
+        """Starts loading; returns at once."""
+
+    async def wait_ready(self, timeout_s: float | None = None) -> None:
+        """Raises EngineStartError when loading failed for good, TimeoutError after ``timeout_s``."""
+
+    async def close(self) -> None: ...
+    def submit(self, request: Request, pixels: PixelSource) -> AsyncGenerator[TokenEvent | FinishEvent, None]:
+        """The request's events; ends after exactly one FinishEvent. Closing it early aborts the request.
+
+        Raises Unavailable when the engine isn't ready or its queue is full.
+        """
+
+    def abort(self, request_id: str) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestartPolicy:
+    """How soon a dead engine process is replaced: at once, then after 1 s, 2 s, 4 s and so on."""
+
+    unit_s: float = 1.0
+    longest_s: float = 30.0
+    healthy_s: float = 60.0
+    """A process that was ready for this long starts the count afresh."""
+
+    def delay_s(self, deaths: int) -> float:
+        """Seconds to wait after the ``deaths``-th death in a row."""
+        return 0.0 if deaths <= 1 else min(self.longest_s, self.unit_s * 2.0 ** min(deaths - 2, 32))
+
+
+@dataclass(eq=False)
+class _Flight:
+    """A request between submit and its FinishEvent."""
+
+    request: Request
+    pixels: PixelSource
+    # Holds at most the request's max_tokens events and the end: what bounds the answer bounds the queue.
+    events: asyncio.Queue[TokenEvent | FinishEvent] = field(default_factory=asyncio.Queue)
+    tokens: int = 0
+    abort_sent: bool = False
+    errands: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def lost(self, message: str) -> FinishEvent:
+        prompt = self.request.prompt
+        usage = Usage(len(prompt.token_ids), self.tokens, 0, prompt.num_image_tokens)
+        return FinishEvent(self.request.id, FinishReason.ERROR, usage, "engine_restarting", message)
+
+
+class EngineProcess(EngineClient):
+    """An EngineClient whose engine runs in a process of its own, replaced whenever it dies.
+
+    The first start is the operator's to see: if the process fails or dies before it was ever ready, ``wait_ready``
+    raises and nothing is tried again. After that, every death is followed by a restart.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: Settings,
+        *,
+        on_progress: Callable[[str, float], None] | None = None,
+        factory: str | None = None,
+        policy: RestartPolicy | None = None,
+        patience: Patience | None = None,
+    ) -> None:
+        """``factory`` is the ``module:function`` that makes the engine; None is the true one."""
+        self.restarts = 0
+        self._folder = folder
+        # The engine has no use for secrets.
+        self._settings = settings_table.replace(settings, api_key=(), api_key_file="")
+        self._on_progress = on_progress
+        self._factory = factory
+        self._policy = policy or RestartPolicy()
+        self._patience = patience or Patience()
+        self._child: ChildProcess | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._flights: dict[str, _Flight] = {}
+        self._ready = False
+        self._ready_at: float | None = None
+        self._settled = asyncio.Event()
+        self._failure: str | None = None
+        self._closing = False
+        self._info: EngineInfo | None = None
+        self._stats = EngineStats()
+        self._adds_sent = 0
+        self._adds_taken = 0
+        self._next_start = 0.0
+
+    @property
+    def ready(self) -> bool:
+        return self._ready
+
+    @property
+    def info(self) -> EngineInfo | None:
+        return self._info
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    @property
+    def pid(self) -> int | None:
+        """The engine process, while there is one."""
+        return self._child.pid if self._child else None
+
+    async def start(self) -> None:
+        assert self._supervisor is None, "an EngineProcess is started once"
+        self._supervisor = asyncio.create_task(self._supervise(), name="engine supervisor")
+
+    async def wait_ready(self, timeout_s: float | None = None) -> None:
+        async with asyncio.timeout(timeout_s):
+            while not self._ready:
+                if self._failure is not None:
+                    raise EngineStartError(self._failure)
+                await self._settled.wait()
+
+    async def close(self) -> None:
+        """Ends the process; requests still in flight end with an error. May be called at any time, also twice."""
+        self._closing = True
+        self._ready = False
+        self._fail("The engine was stopped.")
+        self._end_flights("The server is shutting down. Send the request again when it is back.")
+        if self._child is not None:
+            await self._child.stop(STOP_GRACE_S)
+        if self._supervisor is not None:
+            # Between two processes it is only waiting; otherwise it is about to see the last one die.
+            if self._child is None:
+                self._supervisor.cancel()
+            await asyncio.wait([self._supervisor])
+
+    async def submit(self, request: Request, pixels: PixelSource) -> AsyncGenerator[TokenEvent | FinishEvent, None]:
+        child = self._accepting_child()
+        assert request.id not in self._flights, f"request {request.id} is in flight already"
+        flight = self._flights[request.id] = _Flight(request, pixels)
+        child.send(wire.Add(request))
+        self._adds_sent += 1
+        try:
+            while True:
+                event = await flight.events.get()
+                yield event
+                if isinstance(event, FinishEvent):
+                    return
+        finally:
+            self.abort(request.id)
+            self._land(request.id)
+
+    def abort(self, request_id: str) -> None:
+        """Asks for the request's end; its FinishEvent follows. Nothing happens for one that has ended."""
+        flight = self._flights.get(request_id)
+        if flight is not None and not flight.abort_sent and self._child is not None:
+            flight.abort_sent = True
+            self._child.send(wire.Abort(request_id))
+
+    def _accepting_child(self) -> ChildProcess:
+        if not self._ready or self._child is None:
+            if self._info is None:
+                raise Unavailable(
+                    "The engine is still loading the model. Try again shortly.",
+                    code="engine_starting",
+                    retry_after_s=5.0,
+                )
+            wait_s = max(0.0, self._next_start - asyncio.get_running_loop().time()) + self._info.load_seconds
+            raise Unavailable(
+                "The engine is restarting. Try again shortly.",
+                code="engine_restarting",
+                retry_after_s=min(wait_s, LONGEST_RETRY_S),
+            )
+        waiting = self._stats.waiting + self._adds_sent - self._adds_taken
+        if waiting >= self._settings.max_queue:
+            raise Unavailable(
+                f"The queue of {self._settings.max_queue} waiting requests is full. Try again later.",
+                code="server_is_overloaded",
+                retry_after_s=OVERLOADED_RETRY_S,
+            )
+        return self._child
+
+    # What the process reports
+
+    def _on_report(self, report: wire.Report) -> None:
+        if self._closing:
+            return
+        match report:
+            case wire.StepReport(events, stats, adds_taken):
+                self._stats = stats
+                self._adds_taken = adds_taken
+                for event in events:
+                    self._deliver(event)
+            case wire.Hello():
+                assert self._child is not None
+                self._child.send(wire.Start(str(self._folder), self._settings))
+            case wire.Progress(stage, fraction):
+                if self._on_progress is not None:
+                    self._on_progress(stage, fraction)
+            case wire.Ready(info):
+                self._info = info
+                self._stats = EngineStats(blocks_total=info.num_blocks)
+                self._ready = True
+                self._ready_at = asyncio.get_running_loop().time()
+                self._settled.set()
+            case wire.StartFailed(message):
+                if self._info is None:
+                    self._fail(message)
+                else:
+                    log.error("The engine could not be started again: %s", message)
+
+    def _deliver(self, event: TokenEvent | FinishEvent | PixelsWanted) -> None:
+        flight = self._flights.get(event.request_id)
+        if flight is None:
+            # The client left, and the abort crossed this event on its way.
+            return
+        match event:
+            case TokenEvent():
+                flight.tokens += 1
+                flight.events.put_nowait(event)
+            case FinishEvent():
+                self._land(event.request_id)
+                flight.events.put_nowait(event)
+            case PixelsWanted(_, digest):
+                assert self._child is not None
+                errand = asyncio.create_task(_fetch_pixels(self._child, flight, digest))
+                flight.errands.add(errand)
+                errand.add_done_callback(flight.errands.discard)
+
+    def _land(self, request_id: str) -> None:
+        flight = self._flights.pop(request_id, None)
+        if flight is not None:
+            for errand in flight.errands:
+                errand.cancel()
+
+    def _end_flights(self, message: str) -> None:
+        for flight in list(self._flights.values()):
+            self._land(flight.request.id)
+            flight.events.put_nowait(flight.lost(message))
+
+    # The process's lives
+
+    async def _supervise(self) -> None:
+        deaths = 0
+        clock = asyncio.get_running_loop().time
+        try:
+            while True:
+                lived_s = await self._live()
+                if self._closing or self._failure is not None:
+                    return
+                deaths = 1 if lived_s >= self._policy.healthy_s else deaths + 1
+                self._next_start = clock() + self._policy.delay_s(deaths)
+                log.warning("The engine starts again in %.0f s.", self._policy.delay_s(deaths))
+                await asyncio.sleep(self._policy.delay_s(deaths))
+                self.restarts += 1
+        except Exception:
+            log.exception("The engine's supervisor failed; the server needs a restart.")
+            self._fail("The engine's supervisor failed; the log says where.")
+            raise
+
+    async def _live(self) -> float:
+        """One process from start to death. Returns for how many seconds it was ready."""
+        self._adds_sent = self._adds_taken = 0
+        self._ready_at = None
+        try:
+            self._child = await ChildProcess.spawn(self._on_report, factory=self._factory, patience=self._patience)
+        except OSError as error:
+            how = f"could not be started ({error})"
+        else:
+            how = await self._child.died()
+        self._child = None
+        self._ready = False
+        if self._closing:
+            return 0.0
+        if self._info is None:
+            # A process that told its reason before it ended has failed the start already.
+            self._fail(self._failure or f"The engine process {how} while it was loading the model.{_advice(how)}")
+            return 0.0
+        log.error("The engine process %s.%s", how, _advice(how))
+        self._settled.clear()
+        self._stats = EngineStats()
+        self._end_flights("The engine stopped in the middle of this request and is restarting. Send the request again.")
+        return 0.0 if self._ready_at is None else asyncio.get_running_loop().time() - self._ready_at
+
+    def _fail(self, message: str) -> None:
+        """No process will follow: ``wait_ready`` raises from now on."""
+        self._failure = self._failure or message
+        self._settled.set()
+
+
+def _advice(how: str) -> str:
+    if "SIGKILL" in how:
+        return " A process killed so has often run out of memory: the system's log says, and a smaller cache may help."
+    return ""
+
+
+async def _fetch_pixels(child: ChildProcess, flight: _Flight, digest: bytes) -> None:
+    """Sends the engine the pixels it wants, or the reason why there are none."""
+    try:
+        child.send_pixels(flight.request.id, digest, await flight.pixels(digest))
+    except (ImageError, ApiError) as error:
+        child.send(wire.FailImage(flight.request.id, digest, error.code or "server_error", error.message))
+    except Exception:
+        log.exception("The pixels of an image of request %s could not be had.", flight.request.id)
+        message = "The image could not be prepared for the model."
+        child.send(wire.FailImage(flight.request.id, digest, "server_error", message))
