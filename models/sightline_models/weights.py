@@ -4,6 +4,7 @@ Knows the names that both generations of checkpoints give their tensors, and how
 by tensor, so that memory peaks at about the weights once. Knows nothing of serving.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -87,7 +88,11 @@ def random_vlm(
             if parameter.dim() == 1:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             else:
-                std = 1.0 if name.endswith("embed_tokens.weight") else parameter.shape[-1] ** -0.5
+                # Rows of length one keep activations their size and, in the head, make logits that spread by one.
+                is_table = name.endswith("position_embedding") or (
+                    name.endswith("embed_tokens.weight") and not config.decoder.tie_word_embeddings
+                )
+                std = 1.0 if is_table else 1 / math.sqrt(parameter.shape[-1])
                 parameter.normal_(0.0, std, generator=generator)
     return vlm
 
