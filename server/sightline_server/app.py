@@ -1,0 +1,105 @@
+"""Puts the server together: middleware, routes, error answers and the OpenAPI document. Imports no torch.
+
+The engine, the model and the decode pool are arguments; whoever calls starts and closes them.
+"""
+
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+from starlette.middleware.cors import CORSMiddleware
+
+from sightline_server.auth import OPEN_PATHS, KeyCheck, read_keys
+from sightline_server.chat.decode_pool import DecodePool
+from sightline_server.chat.model import ServedModel
+from sightline_server.engine.client import EngineClient
+from sightline_server.metrics import Metrics
+from sightline_server.protocol.chat import ChatRequest
+from sightline_server.protocol.completion import ChatChunk
+from sightline_server.routes import chat, failures, health, models
+from sightline_server.routes.admission import Admission
+from sightline_server.routes.context import Context
+from sightline_server.routes.edge import BodyLimits, Edge
+from sightline_server.settings import Settings
+
+PROMPT_THREADS = 2
+
+
+def create_app(engine: EngineClient, model: ServedModel, images: DecodePool, settings: Settings) -> FastAPI:
+    """The ASGI application. Set ``app.state.draining`` to make it refuse new requests. Raises SettingsError."""
+    keys = read_keys(settings)
+    metrics = Metrics()
+    metrics.watch(engine, images)
+    prompt_threads = ThreadPoolExecutor(PROMPT_THREADS, thread_name_prefix="prompt")
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        prompt_threads.shutdown(wait=False, cancel_futures=True)
+
+    # FastAPI's own pages of documentation load scripts from another machine, so there are none.
+    app = FastAPI(
+        title="Sightline",
+        version=version("sightline"),
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
+    )
+    app.state.draining = False
+    app.state.context = Context(
+        engine=engine,
+        model=model,
+        images=images,
+        settings=settings,
+        metrics=metrics,
+        admission=Admission(engine, settings),
+        prompt_threads=prompt_threads,
+    )
+    for router in (chat.router, models.router, health.router):
+        app.include_router(router)
+    failures.register(app)
+    # The last one added is the first one met.
+    app.add_middleware(BodyLimits, max_mb=settings.max_body_mb, timeout_s=settings.body_timeout_s)
+    app.add_middleware(KeyCheck, keys=keys)
+    if settings.cors_origins:
+        # Outside the key check: a browser asks for permission without the key. Any header is allowed, since the
+        # SDKs invent new x-stainless-* ones and the origins are chosen by the operator.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    app.add_middleware(Edge, metrics=metrics)
+    _document(app, needs_key=bool(keys))
+    return app
+
+
+def _document(app: FastAPI, *, needs_key: bool) -> None:
+    """Tell the OpenAPI document what FastAPI can't see: the hand-read body, the chunks, the key."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            _, made = models_json_schema(
+                [(ChatRequest, "validation"), (ChatChunk, "serialization")],
+                ref_template="#/components/schemas/{model}",
+            )
+            components = document.setdefault("components", {})
+            components.setdefault("schemas", {}).update(made["$defs"])
+            if needs_key:
+                components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+                for path, operations in document["paths"].items():
+                    for operation in operations.values():
+                        operation["security"] = [] if path in OPEN_PATHS else [{"key": []}]
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]

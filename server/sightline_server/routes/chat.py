@@ -1,0 +1,218 @@
+"""``POST /v1/chat/completions``: from a body to an answer, in one piece or as a stream.
+
+The order of work is the order of this file. Knows the stages and hands each one's noun to the next; what a stage does
+is in its own room.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+from functools import partial
+from typing import Any, TypeVar
+from uuid import uuid4
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import Response
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive
+
+from sightline_server import sse
+from sightline_server.chat import reply
+from sightline_server.chat.deltas import ChoiceText
+from sightline_server.chat.generation import Generation
+from sightline_server.chat.pictures import read_pictures
+from sightline_server.chat.prompt import build_prompt, image_places
+from sightline_server.chat.reply import ReplyHeader
+from sightline_server.chat.sampling import for_choice, resolve_sampling
+from sightline_server.engine import types as engine_types
+from sightline_server.errors import ApiError, InvalidRequest
+from sightline_server.logs import RequestRecord, frames
+from sightline_server.metrics import Timeline
+from sightline_server.protocol.chat import ChatRequest, parse_chat_request
+from sightline_server.protocol.completion import ChatChunk, ChatCompletion
+from sightline_server.protocol.errors import ErrorBody
+from sightline_server.protocol.strict_json import parse_object
+from sightline_server.routes.context import Context, context_of, record_of, refuse_when_draining
+from sightline_server.routes.failures import server_fault
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+router = APIRouter(
+    prefix="/v1",
+    tags=["chat"],
+    dependencies=[Depends(refuse_when_draining)],
+    responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
+)
+
+
+# The body is read by hand, with stricter rules than FastAPI's own; the OpenAPI document is told about it here.
+@router.post(
+    "/chat/completions",
+    summary="Chat, with pictures",
+    response_model=ChatCompletion,
+    responses={
+        200: {
+            "description": "One ChatCompletion; with `stream: true`, server-sent events that each hold a ChatChunk.",
+            "content": {"text/event-stream": {"schema": {"$ref": "#/components/schemas/ChatChunk"}}},
+        }
+    },
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ChatRequest"}}},
+        }
+    },
+)
+async def create_chat_completion(request: Request) -> Response:
+    context, record = context_of(request), record_of(request)
+    record.endpoint = "chat"
+    with context.admission.preparing():
+        chat = parse_chat_request(await _read_object(request))
+        context.model.check_name(chat.model)
+        _check_choices(chat, context)
+        header = _header(chat, context)
+        record.fields["completion"] = header.id
+        generation = await _until_gone(request.receive, _prepare(request, chat, header.id))
+    generation.start()
+    answer = _stream if chat.stream else _whole
+    try:
+        return await answer(request, chat, header, generation)
+    except BaseException:
+        generation.close()
+        raise
+
+
+async def _read_object(request: Request) -> dict[str, Any]:
+    """The body's JSON object. A type that a browser sends across origins without asking is no JSON here."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise InvalidRequest(
+            f"Send the body as 'Content-Type: application/json', not {kind[:60]!r}.", code="unsupported_media_type"
+        )
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise InvalidRequest("Send the body as it is, without Content-Encoding.", code="unsupported_media_type")
+    return parse_object(await request.body())
+
+
+def _check_choices(chat: ChatRequest, context: Context) -> None:
+    if chat.num_choices > context.settings.max_choices:
+        raise InvalidRequest(
+            f"'n' is {chat.num_choices}; at most {context.settings.max_choices} choices are allowed.", param="n"
+        )
+
+
+def _header(chat: ChatRequest, context: Context) -> ReplyHeader:
+    return ReplyHeader(
+        id=f"chatcmpl-{uuid4().hex}",
+        created=int(time.time()),
+        model=context.model.name,
+        system_fingerprint=context.system_fingerprint,
+        names_tier=chat.service_tier is not None,
+    )
+
+
+async def _prepare(request: Request, chat: ChatRequest, reply_id: str) -> Generation:
+    """Pictures, prompt and parameters, made into a Generation that isn't started yet."""
+    context, record = context_of(request), record_of(request)
+    salt: bytes = request.state.cache_salt
+    pictures = await read_pictures(image_places(chat.messages), context.images, context.settings, salt=salt)
+    building = partial(build_prompt, chat.messages, pictures.handles, context.model, context.context_length)
+    prompt = await asyncio.get_running_loop().run_in_executor(context.prompt_threads, building)
+    record.fields |= {"prompt_tokens": len(prompt.token_ids), "images": len(pictures.handles)}
+    sampling = resolve_sampling(
+        chat, context.model, prompt_tokens=len(prompt.token_ids), context_length=context.context_length
+    )
+    requests = [
+        engine_types.Request(
+            id=f"{reply_id}-{choice}",
+            prompt=prompt,
+            sampling=for_choice(sampling, choice),
+            cache_salt=salt,
+            arrived=time.time(),
+        )
+        for choice in range(chat.num_choices)
+    ]
+    texts = [
+        ChoiceText(
+            context.model.tokenizer.detokenizer(),
+            stop=chat.stop_strings,
+            min_tokens=sampling.min_tokens,
+            logprobs=sampling.logprobs,
+        )
+        for _ in requests
+    ]
+    timeline = Timeline(context.metrics, record.started)
+    return Generation(context.engine, requests, texts, pictures.pixels, timeline)
+
+
+async def _whole(request: Request, chat: ChatRequest, header: ReplyHeader, generation: Generation) -> Response:
+    tokenizer = context_of(request).model.tokenizer
+    collecting = reply.collect(generation, header, tokenizer, logprobs=bool(chat.logprobs))
+    completion = await _until_gone(request.receive, collecting)
+    _note_usage(record_of(request), generation)
+    return Response(completion.model_dump_json(exclude_unset=True), media_type="application/json")
+
+
+async def _stream(request: Request, chat: ChatRequest, header: ReplyHeader, generation: Generation) -> Response:
+    context = context_of(request)
+    silence_s = context.settings.sse_keep_alive_s or None
+    # A refusal by the engine shall be an HTTP status; but when the queue is long, headers go out before the answer.
+    await _until_gone(request.receive, generation.admitted(silence_s))
+    chunks = reply.stream(
+        generation,
+        header,
+        context.model.tokenizer,
+        include_usage=chat.include_usage,
+        keep_alive_s=silence_s,
+    )
+    return sse.EventStream(_events(chunks, generation, record_of(request)), on_end=generation.close)
+
+
+async def _events(
+    chunks: AsyncGenerator[ChatChunk | None, None], generation: Generation, record: RequestRecord
+) -> AsyncGenerator[bytes, None]:
+    record.outcome = "cancelled"
+    try:
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                if generation.finished:
+                    # Some clients leave before the usage and the end mark; they have got their answer.
+                    record.outcome = "completed"
+                yield sse.KEEP_ALIVE if chunk is None else sse.encode(chunk)
+        yield sse.DONE
+    except ApiError as error:
+        record.fail(error)
+        yield sse.encode_error(error)
+    except Exception as error:
+        log.error("Request %s failed in its stream.\n%s", record.request_id, frames(error))
+        record.fail(server_fault())
+        yield sse.encode_error(server_fault())
+    finally:
+        _note_usage(record, generation)
+
+
+def _note_usage(record: RequestRecord, generation: Generation) -> None:
+    usage = generation.usage()
+    record.fields |= {"completion_tokens": usage.completion_tokens, "cached_tokens": usage.cached_tokens}
+
+
+async def _until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of ``work``, unless the client leaves first: then it is cancelled and ClientDisconnect raised."""
+    task, watcher = asyncio.create_task(work), asyncio.create_task(_gone(receive))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        watcher.cancel()
+        await asyncio.wait({task, watcher})
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,57 @@
+"""``/v1/models``: the served model, with what a client may want to know before it asks."""
+
+from fastapi import APIRouter, Depends, Request
+
+from sightline_server.protocol.errors import ErrorBody
+from sightline_server.protocol.models import Architecture, DefaultSampling, ModelCard, ModelList
+from sightline_server.routes.context import Context, context_of, record_of, refuse_when_draining
+
+router = APIRouter(
+    prefix="/v1",
+    tags=["models"],
+    dependencies=[Depends(refuse_when_draining)],
+    responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
+)
+
+
+@router.get("/models", summary="List models")
+async def list_models(request: Request) -> ModelList:
+    record_of(request).endpoint = "models"
+    return ModelList(data=[model_card(context_of(request))])
+
+
+# A path, since names may hold slashes, which clients send as %2F.
+@router.get("/models/{model:path}", summary="One model")
+async def one_model(request: Request, model: str) -> ModelCard:
+    """404 ``model_not_found`` for any name but the served ones."""
+    record_of(request).endpoint = "models"
+    context = context_of(request)
+    context.model.check_name(model)
+    return model_card(context)
+
+
+def model_card(context: Context) -> ModelCard:
+    model, info = context.model, context.engine.info
+    return ModelCard(
+        id=model.name,
+        created=model.created,
+        owned_by="sightline",
+        max_model_len=context.context_length,
+        context_length=context.context_length,
+        architecture=Architecture(
+            name=model.config.architecture,
+            modality="text+image->text",
+            input_modalities=["text", "image"],
+            output_modalities=["text"],
+        ),
+        image_tokens=model.config.num_image_tokens,
+        dtype=info.dtype if info else None,
+        quantization=info.quantization if info else None,
+        aliases=list(model.names[1:]),
+        default_sampling=DefaultSampling(
+            temperature=model.generation.temperature,
+            top_p=model.generation.top_p,
+            top_k=model.generation.top_k,
+            repetition_penalty=model.generation.repetition_penalty,
+        ),
+    )
