@@ -22,7 +22,7 @@ import zmq
 from sightline_server.engine import wire
 from sightline_server.settings import ENV_PREFIX
 
-log = logging.getLogger("sightline.engine")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,9 +26,10 @@ from sightline_server.engine.types import (
     Usage,
 )
 from sightline_server.errors import ApiError, Unavailable
+from sightline_server.logs import frames
 from sightline_server.settings import Settings
 
-log = logging.getLogger("sightline.engine")
+log = logging.getLogger(__name__)
 
 PixelSource = Callable[[bytes], Awaitable[wire.Pixels]]
 """digest -> uint8 [height, width, 3]; raises ImageError."""
@@ -353,7 +354,7 @@ async def _fetch_pixels(child: ChildProcess, flight: _Flight, digest: bytes) -> 
         child.send_pixels(flight.request.id, digest, await flight.pixels(digest))
     except (ImageError, ApiError) as error:
         child.send(wire.FailImage(flight.request.id, digest, error.code or "server_error", error.message))
-    except Exception:
-        log.exception("The pixels of an image of request %s could not be had.", flight.request.id)
+    except Exception as error:
+        log.error("The pixels of an image of request %s can't be had:\n%s", flight.request.id, frames(error))
         message = "The image could not be prepared for the model."
         child.send(wire.FailImage(flight.request.id, digest, "server_error", message))

@@ -23,11 +23,13 @@ import numpy as np
 import zmq
 
 from sightline_models.config import CheckpointError
+from sightline_server import logs
 from sightline_server.engine import wire
 from sightline_server.engine.types import EngineInfo, EngineStats, Event, Request
 from sightline_server.settings import Settings, SettingsError
 
-log = logging.getLogger("sightline.engine")
+# Its own name is __main__.
+log = logging.getLogger("sightline_server.engine.worker")
 
 DEFAULT_FACTORY = "sightline_server.engine.load:load_engine"
 HEARTBEAT_S = 1.0
@@ -101,6 +103,7 @@ class EngineLoop:
         command, _ = wire.decode_command(self._commands.recv_multipart())
         if not isinstance(command, wire.Start):
             raise Stopped
+        logs.configure(command.settings)
         engine, info = factory(Path(command.folder), command.settings, self._progress)
         self._send(wire.Ready(info))
         return engine
@@ -207,7 +210,6 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     die_with_parent(arguments.parent)
     faulthandler.enable()
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
 
     context = zmq.Context[zmq.Socket[bytes]]()
     commands = context.socket(zmq.PULL)
