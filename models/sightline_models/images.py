@@ -1,28 +1,35 @@
-"""Picture files into the pixels a vision tower takes: decode, make upright RGB, then resize, crop and pad.
+"""Pictures to the pixels a vision tower takes: resize, crop and pad as the checkpoint's processor files say.
 
-Knows picture formats, Pillow and the checkpoint's processor files. Knows no tensors, no prompts, no processes.
+Knows pixels and processor files. Knows no file formats (`image_files.py` does), no tensors, no prompts.
 
-The prepared pixels are uint8 and equal those of transformers' PIL backend exactly. What a file's bytes say decides
-its format; a name or a media type is never asked. Of an animated picture the first frame counts. Colour profiles are
-ignored, as they are by the processors that the models were trained with.
+The prepared pixels are uint8 and equal those of transformers' PIL backend exactly.
 """
 
 import hashlib
 import json
 import math
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL import Image
 
 from sightline_models.config import CheckpointError, Normalization, VlmConfig
+from sightline_models.image_files import ImageError, decode_image
+
+__all__ = [
+    "ImageError",
+    "Pixels",
+    "PreparedImage",
+    "PreprocessConfig",
+    "decode_image",
+    "prepare",
+    "read_preprocess_config",
+]
 
 Pixels = NDArray[np.uint8]
 
@@ -30,30 +37,9 @@ Pixels = NDArray[np.uint8]
 # padded to a square, so a limit on the file's own size is not enough.
 MAX_WORK_PIXELS = 100_000_000
 
-_ORIENTATION_TAG = 0x0112
-_UPRIGHT: Mapping[int, Image.Transpose] = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _PROCESSOR_TYPES = ("CLIPImageProcessor", "CLIPFeatureExtractor", "LlavaImageProcessor")
-
-
-class ImageError(ValueError):
-    """A picture that can't be used. ``code`` is one of the API's image error codes; ``message`` is ours alone, never
-    a library's, which may hold addresses."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-        self.message = message
 
 
 @dataclass(frozen=True)
@@ -100,118 +86,6 @@ class PreparedImage:
     num_tokens: int
     digest: bytes
     """32 bytes over the decoded picture's pixels, size and mode, and the preprocessing."""
-
-
-# --- the file ---
-
-
-def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
-    """The upright RGB picture in ``data`` (PNG, JPEG, WebP, GIF or BMP), transparency laid on white.
-
-    The size is checked from the header, before any pixel is decoded. Raises ImageError.
-    """
-    if not data:
-        raise ImageError("empty_image_file", "The image is empty: it has no bytes.")
-    open_file = _opener(data)
-    try:
-        # Pillow's own size limit warns at some sizes and fails at others; ours is checked right below.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            _check_size(_webp_size(data), max_pixels)
-            with open_file(BytesIO(data)) as image:
-                _check_size(image.size, max_pixels)
-                image.load()
-                return _to_rgb(_turn_upright(image))
-    except ImageError:
-        raise
-    except MemoryError:
-        raise ImageError("image_too_large", "The image needs more memory to decode than is allowed.") from None
-    except Exception:
-        # Pillow's decoders raise whatever their format code runs into: SyntaxError, struct.error, EOFError, OSError...
-        raise ImageError("image_parse_error", "The image is damaged or cut short: it can't be decoded.") from None
-
-
-def _opener(data: bytes) -> Callable[[BytesIO], Image.Image]:
-    # The classes are called directly, not through Image.open: no other format's code is ever run on hostile bytes, and
-    # a JPEG with more pictures behind the first (MPO, as phones write it) is simply its first picture.
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return PngImagePlugin.PngImageFile
-    if data.startswith(b"\xff\xd8\xff"):
-        return JpegImagePlugin.JpegImageFile
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return WebPImagePlugin.WebPImageFile
-    if data.startswith((b"GIF87a", b"GIF89a")):
-        return GifImagePlugin.GifImageFile
-    if data.startswith(b"BM"):
-        return BmpImagePlugin.BmpImageFile
-    raise ImageError(
-        "unsupported_image_media_type",
-        "The file is no PNG, JPEG, WebP, GIF or BMP image. Convert it to one of these formats.",
-    )
-
-
-def _check_size(size: tuple[int, int] | None, max_pixels: int) -> None:
-    if size is None:
-        return
-    width, height = size
-    if width < 1 or height < 1:
-        raise ImageError("image_parse_error", f"The image is {width}x{height} pixels: it has no area.")
-    if width * height > max_pixels:
-        raise ImageError(
-            "image_too_large",
-            f"The image has {width}x{height} = {width * height} pixels; at most {max_pixels} are allowed. Scale it "
-            "down.",
-        )
-
-
-def _webp_size(data: bytes) -> tuple[int, int] | None:
-    """(width, height) as a WebP file's first chunk says; Pillow would allocate the whole canvas to find out."""
-    if data[:4] != b"RIFF" or len(data) < 30:
-        return None
-    kind, body = data[12:16], data[20:30]
-    if kind == b"VP8X":
-        return int.from_bytes(body[4:7], "little") + 1, int.from_bytes(body[7:10], "little") + 1
-    if kind == b"VP8L":
-        bits = int.from_bytes(body[1:5], "little")
-        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    if kind == b"VP8 ":
-        return int.from_bytes(body[6:8], "little") & 0x3FFF, int.from_bytes(body[8:10], "little") & 0x3FFF
-    return None
-
-
-def _turn_upright(image: Image.Image) -> Image.Image:
-    try:
-        orientation = image.getexif().get(_ORIENTATION_TAG)
-    except Exception:
-        # A picture with broken metadata is still a picture.
-        return image
-    method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
-    return image if method is None else image.transpose(method)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        image = _scale_16_bit(image)
-    transparency = image.info.get("transparency")
-    if "A" in image.getbands() or transparency is not None:
-        # Dropping alpha instead would show colours that no viewer shows: a way to hide text from people.
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
-
-
-def _scale_16_bit(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits as grey of 8, divided by 257; Pillow's own conversion clips everything above 255 to white."""
-    values = np.asarray(image).astype(np.int64)
-    grey = ((np.clip(values, 0, 65535) + 128) // 257).astype(np.uint8)
-    clear = image.info.get("transparency")
-    if isinstance(clear, int):
-        grey[values == clear] = 255
-    return Image.fromarray(grey)
-
-
-# --- the pixels ---
 
 
 def prepare(image: Image.Image, config: PreprocessConfig) -> PreparedImage:
@@ -285,9 +159,6 @@ def _center_crop(pixels: Pixels, size: tuple[int, int]) -> Pixels:
             pixels, start = canvas, start + before
         pixels = pixels[(slice(None),) * axis + (slice(start, start + wanted),)]
     return pixels
-
-
-# --- the checkpoint's processor files ---
 
 
 def read_preprocess_config(folder: Path, config: VlmConfig) -> PreprocessConfig:

@@ -182,6 +182,9 @@ class DecodePool:
             self._memo.move_to_end(key)
             return ImageHandle(facts.digest, facts.num_tokens, facts.pixels_count, data)
         made = await self._decode_once(key, data)
+        self._memo[key] = _Facts(made.digest, made.num_tokens, made.pixels_count)
+        if len(self._memo) > MEMO_ENTRIES:
+            self._memo.popitem(last=False)
         return ImageHandle(made.digest, made.num_tokens, made.pixels_count, data, made.pixels)
 
     async def pixels(self, handle: ImageHandle) -> Pixels:
@@ -205,7 +208,7 @@ class DecodePool:
             raise ServerFault("The image decoders have been stopped.")
         task = self._running.get(key)
         if task is None:
-            task = asyncio.create_task(self._decode(key, data))
+            task = asyncio.create_task(self._decode(data))
             self._running[key] = task
             task.add_done_callback(lambda _: self._running.pop(key, None))
         # Shielded: one caller that leaves must not fail the others that wait for the same file.
@@ -216,16 +219,13 @@ class DecodePool:
                 raise ServerFault("The image decoders have been stopped.") from None
             raise
 
-    async def _decode(self, key: bytes, data: bytes) -> _Decoded:
+    async def _decode(self, data: bytes) -> _Decoded:
         for _ in range(_ATTEMPTS):
             try:
                 made = await self._attempt(data)
             except _WorkerLost:
                 continue
             self.decoded_total += 1
-            self._memo[key] = _Facts(made.digest, made.num_tokens, made.pixels_count)
-            if len(self._memo) > MEMO_ENTRIES:
-                self._memo.popitem(last=False)
             return made
         raise ImageError(
             "image_parse_error", "The image can't be decoded within this server's limits of time and memory."
