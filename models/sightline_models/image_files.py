@@ -13,6 +13,10 @@ from io import BytesIO
 import numpy as np
 from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
+# Pillow reads every one of them; a hundred thousand short notes take it a second.
+_MAX_PNG_CHUNKS = 4096
+
+_PNG = b"\x89PNG\r\n\x1a\n"
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT: Mapping[int, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -48,9 +52,11 @@ def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             _check_size(_webp_size(data), max_pixels)
+            _check_png_chunks(data)
             with open_file(BytesIO(data)) as image:
                 _check_size(image.size, max_pixels)
                 image.load()
+                _match_depth(image, data)
                 return _to_rgb(_turn_upright(image))
     except ImageError:
         raise
@@ -64,7 +70,7 @@ def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
 def _opener(data: bytes) -> Callable[[BytesIO], Image.Image]:
     # The classes are called directly, not through Image.open: no other format's code is ever run on hostile bytes, and
     # a JPEG with more pictures behind the first (MPO, as phones write it) is simply its first picture.
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+    if data.startswith(_PNG):
         return PngImagePlugin.PngImageFile
     if data.startswith(b"\xff\xd8\xff"):
         return JpegImagePlugin.JpegImageFile
@@ -85,12 +91,12 @@ def _check_size(size: tuple[int, int] | None, max_pixels: int) -> None:
         return
     width, height = size
     if width < 1 or height < 1:
-        raise ImageError("image_parse_error", f"The image is {width}x{height} pixels: it has no area.")
+        raise ImageError("image_parse_error", f"The image is {width} x {height} pixels: it has no area.")
     if width * height > max_pixels:
         raise ImageError(
             "image_too_large",
-            f"The image has {width}x{height} = {width * height} pixels; at most {max_pixels} are allowed. Scale it "
-            "down.",
+            f"The image is {width} x {height} pixels, {width * height} in all; at most {max_pixels} are allowed. "
+            "Scale it down.",
         )
 
 
@@ -107,6 +113,23 @@ def _webp_size(data: bytes) -> tuple[int, int] | None:
     if kind == b"VP8 ":
         return int.from_bytes(body[6:8], "little") & 0x3FFF, int.from_bytes(body[8:10], "little") & 0x3FFF
     return None
+
+
+def _check_png_chunks(data: bytes) -> None:
+    """Raises ImageError when too many chunks stand before the pixels."""
+    place = len(_PNG) if data.startswith(_PNG) else len(data)
+    for _ in range(_MAX_PNG_CHUNKS):
+        if place >= len(data) or data[place + 4 : place + 8] == b"IDAT":
+            return
+        place += 12 + int.from_bytes(data[place : place + 4], "big")
+    raise ImageError("image_parse_error", f"The PNG has more than {_MAX_PNG_CHUNKS} chunks before its pixels.")
+
+
+def _match_depth(image: Image.Image, data: bytes) -> None:
+    """Pillow keeps the high byte of 16-bit colours, but the transparent colour as the file has it."""
+    clear = image.info.get("transparency")
+    if data.startswith(_PNG) and data[24] == 16 and isinstance(clear, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
 
 
 def _turn_upright(image: Image.Image) -> Image.Image:

@@ -126,8 +126,8 @@ def _check_work(image: Image.Image, size: tuple[int, int]) -> None:
     if size[0] * size[1] > MAX_WORK_PIXELS:
         raise ImageError(
             "image_aspect_ratio",
-            f"The image is {image.width}x{image.height} pixels: preparing one so narrow would take "
-            f"{size[1]}x{size[0]} pixels, more than the {MAX_WORK_PIXELS} allowed. Crop it, or cut it into several.",
+            f"The image is {image.width} x {image.height} pixels: preparing one so narrow would take "
+            f"{size[1]} x {size[0]} pixels, more than the {MAX_WORK_PIXELS} allowed. Crop it, or cut it into several.",
         )
 
 

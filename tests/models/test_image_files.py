@@ -1,0 +1,263 @@
+"""Picture files become the upright RGB picture a viewer shows, or a refusal in our own words."""
+
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from sightline_models.images import ImageError, decode_image
+
+MAX_PIXELS = 50_000_000
+FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP"]
+
+
+def picture(width: int = 40, height: int = 30) -> Image.Image:
+    rng = np.random.default_rng(width * height)
+    coarse = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height))
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def decoded(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray[Any, Any]:
+    image = decode_image(data, max_pixels=max_pixels)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def refusal(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageError:
+    with pytest.raises(ImageError) as caught:
+        decode_image(data, max_pixels=max_pixels)
+    for leaked in ("0x", "BytesIO", "PIL", "<"):
+        assert leaked not in caught.value.message
+    return caught.value
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_formats_we_take(format: str) -> None:
+    data = encoded(picture(), format)
+    with Image.open(io.BytesIO(data)) as expected:
+        assert np.array_equal(decoded(data), np.asarray(expected.convert("RGB")))
+
+
+# Upright pictures stored turned, as a camera stores them: pixels turned one way, the tag says how to turn them back.
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+def test_exif_orientation_is_applied(orientation: int, format: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = picture()
+    data = encoded(stored, format, exif=exif, **({"quality": 100} if format != "PNG" else {}))
+    with Image.open(io.BytesIO(data)) as image:
+        upright = ImageOps.exif_transpose(image)
+        assert upright is not None
+        assert np.array_equal(decoded(data), np.asarray(upright.convert("RGB")))
+    assert decoded(data).shape[:2] == ((40, 30) if orientation > 4 else (30, 40))
+
+
+@pytest.mark.parametrize(
+    "exif", [b"", b"Exif\0\0", b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"]
+)
+def test_broken_exif_is_ignored(exif: bytes) -> None:
+    assert np.array_equal(decoded(encoded(picture(), "JPEG", exif=exif)), decoded(encoded(picture(), "JPEG")))
+
+
+def test_an_orientation_out_of_range_is_ignored() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 99
+    assert np.array_equal(decoded(encoded(picture(), exif=exif)), np.asarray(picture()))
+
+
+def with_alpha(mode: str) -> Image.Image:
+    rgba = picture().convert("RGBA")
+    rgba.putalpha(Image.linear_gradient("L").resize(rgba.size))
+    return rgba.convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_alpha_is_laid_on_white_as_the_reference_does(mode: str) -> None:
+    image = with_alpha(mode)
+    processor = CLIPImageProcessorPil(do_resize=False, do_center_crop=False)
+    expected = processor(image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
+    assert np.array_equal(decoded(encoded(image)), np.asarray(expected).transpose(1, 2, 0))
+
+
+def test_invisible_colours_stay_invisible() -> None:
+    hidden = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    pictures = [
+        encoded(hidden),
+        encoded(hidden, "WEBP", lossless=True, exact=True),
+        encoded(palette, transparency=1),
+        encoded(palette, transparency=b"\xff\x00"),
+        encoded(palette, "GIF", transparency=1),
+        encoded(Image.new("RGB", (8, 8), (255, 0, 0)), transparency=(255, 0, 0)),
+        encoded(Image.new("L", (8, 8), 7), transparency=7),
+        encoded(Image.new("1", (8, 8), 0), transparency=0),
+        encoded(Image.fromarray(np.full((8, 8), 4660, np.uint16)), transparency=4660),
+        rgb16_png(transparent=True),
+    ]
+    for data in pictures:
+        assert np.array_equal(decoded(data), np.full_like(decoded(data), 255))
+    assert (decoded(rgb16_png(transparent=False)) == [0x12, 0x34, 0x56]).all()
+
+
+def png(header: bytes, pixels: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    body = b"".join(chunk(*entry) for entry in [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(pixels))])
+    return b"\x89PNG\r\n\x1a\n" + body + chunk(b"IEND", b"")
+
+
+def rgb16_png(*, transparent: bool) -> bytes:
+    color = struct.pack(">3H", 0x1278, 0x3478, 0x5678)
+    extra = [(b"tRNS", color)] if transparent else []
+    return png(struct.pack(">IIBBBBB", 4, 2, 16, 2, 0, 0, 0), (b"\0" + color * 4) * 2, *extra)
+
+
+def test_16_bit_grey_is_scaled_not_clipped() -> None:
+    values = np.array([[0, 1, 128, 129, 255, 256, 257, 32768, 65407, 65535]], np.uint16)
+    expected = np.round(values / 257).astype(np.uint8)
+    made = decoded(encoded(Image.fromarray(values)))
+    assert np.array_equal(made, np.repeat(expected[..., None], 3, axis=2))
+
+
+def test_cmyk_palette_and_1_bit() -> None:
+    for image in (picture().convert("P"), picture().convert("1"), picture().convert("L")):
+        assert np.array_equal(decoded(encoded(image)), np.asarray(image.convert("RGB")))
+    cmyk = encoded(picture().convert("CMYK"), "JPEG", quality=100)
+    difference = decoded(cmyk).astype(int) - np.asarray(picture()).astype(int)
+    assert np.abs(difference).mean() < 4
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG"])
+def test_an_animation_is_its_first_frame(format: str) -> None:
+    frames = [Image.new("RGB", (16, 16), color) for color in ("red", "lime", "blue")]
+    options = {"lossless": True} if format == "WEBP" else {}
+    data = encoded(frames[0], format, save_all=True, append_images=frames[1:], duration=10, **options)
+    assert (decoded(data) == [255, 0, 0]).all()
+
+
+def test_a_jpeg_with_more_pictures_behind_it_is_its_first() -> None:
+    data = encoded(picture(), "MPO", save_all=True, append_images=[picture(20, 20)])
+    assert decoded(data).shape == (30, 40, 3)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encoded(picture(), "TIFF"),
+        encoded(picture(), "ICO"),
+        encoded(picture(), "PPM"),
+        encoded(picture(), "PDF"),
+        encoded(picture(), "EPS"),
+        encoded(picture(), "JPEG2000"),
+        encoded(picture(), "AVIF"),
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        b"<!doctype html><img src=x>",
+        b"8BPS\0\1" + bytes(20),
+        b"SIMPLE  =                    T",
+        b"\x00\x00\x00\x18ftypheic",
+        b"RIFF\x00\x00\x00\x00WAVE",
+        b"\x89",
+        b" " + encoded(picture()),
+    ],
+)
+def test_other_formats_are_refused_by_their_bytes(data: bytes) -> None:
+    error = refusal(data)
+    assert error.code == "unsupported_image_media_type"
+    assert "PNG, JPEG, WebP, GIF or BMP" in error.message
+
+
+def test_nothing_at_all_is_refused() -> None:
+    assert refusal(b"").code == "empty_image_file"
+
+
+def outcome(data: bytes) -> np.ndarray[Any, Any] | ImageError:
+    try:
+        return decoded(data, max_pixels=1_000_000)
+    except ImageError as error:
+        return error
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_cut_file_is_refused_or_loses_nothing(format: str) -> None:
+    data = encoded(picture(160, 120), format)
+    whole = decoded(data)
+    for percent in range(100):
+        made = outcome(data[: len(data) * percent // 100])
+        if isinstance(made, ImageError):
+            assert made.code in ("image_parse_error", "unsupported_image_media_type", "empty_image_file")
+        else:
+            assert np.array_equal(made, whole), f"{percent} % of the file made another picture"
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_damaged_files_decode_or_are_refused(format: str) -> None:
+    data = encoded(picture(), format)
+    rng = np.random.default_rng(7)
+    for _ in range(150):
+        broken = bytearray(data)
+        for place in rng.integers(0, len(data), rng.integers(1, 6)):
+            broken[place] = rng.integers(0, 256)
+        start = int(rng.integers(0, len(data)))
+        if rng.random() < 0.3:
+            del broken[start : start + int(rng.integers(1, 40))]
+        made = outcome(bytes(broken))
+        assert not isinstance(made, ImageError) or "0x" not in made.message
+
+
+def test_the_size_is_refused_from_the_header() -> None:
+    huge = struct.pack(">IIBBBBB", 13_000, 14_000, 8, 2, 0, 0, 0)
+    error = refusal(png(huge, b""))
+    assert error.code == "image_too_large"
+    assert "13000 x 14000 pixels, 182000000 in all" in error.message
+    assert "50000000" in error.message
+    assert refusal(png(struct.pack(">IIBBBBB", 2**31 - 1, 2**31 - 1, 8, 2, 0, 0, 0), b"")).code == "image_too_large"
+    assert refusal(png(struct.pack(">IIBBBBB", 0, 5, 8, 2, 0, 0, 0), b"")).code == "image_parse_error"
+
+
+def webp(kind: bytes, body: bytes) -> bytes:
+    chunk = kind + struct.pack("<I", len(body)) + body
+    return b"RIFF" + struct.pack("<I", len(chunk) + 4) + b"WEBP" + chunk
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: webp(b"VP8X", b"\x10\0\0\0" + (15_999).to_bytes(3, "little") * 2 + bytes(20)),
+        lambda: webp(b"VP8L", b"\x2f" + (15_999 | 15_999 << 14).to_bytes(4, "little") + bytes(20)),
+        lambda: webp(b"VP8 ", b"\x10\0\0\x9d\x01\x2a" + struct.pack("<HH", 16_000, 16_000) + bytes(20)),
+    ],
+    ids=["extended", "lossless", "lossy"],
+)
+def test_a_webp_canvas_is_measured_before_it_is_made(make: Callable[[], bytes]) -> None:
+    error = refusal(make())
+    assert error.code == "image_too_large"
+    assert "16000 x 16000" in error.message
+
+
+def test_a_limit_is_reached_and_not_passed() -> None:
+    for format in FORMATS:
+        data = encoded(picture(40, 30), format)
+        assert decoded(data, max_pixels=1200).shape == (30, 40, 3)
+        assert refusal(data, max_pixels=1199).code == "image_too_large"
+
+
+def test_a_header_full_of_text_is_refused() -> None:
+    notes = [(b"tEXt", b"a\0b")] * 20_000
+    header = struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0)
+    assert refusal(png(header, b"\0\1\2\3", *notes)).code == "image_parse_error"
+    assert decoded(png(header, b"\0\1\2\3", *notes[:100])).tolist() == [[[1, 2, 3]]]
