@@ -54,10 +54,10 @@ for url in (
     "data:image/png;base64,",
     "data:,x",
 ):
-    said = bad(None, "messages[0].content[0]", messages=part(url))
+    said = bad(None, "messages[0].content[0].image_url", messages=part(url))
     assert "0x" not in said, said
 for url in ("https://example.com/cat.png", "http://127.0.0.1/cat.png", "file:///etc/passwd", "cat.png"):
-    bad(None, "messages[0].content[0]", messages=part(url))
+    bad(None, "messages[0].content[0].image_url", messages=part(url))
 print("ok pictures")
 
 said = bad("context_length_exceeded", "messages", messages=[{"role": "user", "content": "word " * 6000}])
