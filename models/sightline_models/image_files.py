@@ -156,8 +156,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _scale_16_bit(image: Image.Image) -> Image.Image:
     """Grey of 16 bits as grey of 8, divided by 257; Pillow's own conversion clips everything above 255 to white."""
-    values = np.asarray(image).astype(np.int64)
-    grey = ((np.clip(values, 0, 65535) + 128) // 257).astype(np.uint8)
+    values = np.asarray(image)
+    grey = ((np.clip(values, 0, 65535).astype(np.uint32) + 128) // 257).astype(np.uint8)
     clear = image.info.get("transparency")
     if isinstance(clear, int):
         grey[values == clear] = 255

@@ -6,6 +6,7 @@ refused. A file seen before is known by its bytes and not decoded again until so
 """
 
 import asyncio
+import functools
 import hashlib
 import json
 import os
@@ -210,7 +211,7 @@ class DecodePool:
         if task is None:
             task = asyncio.create_task(self._decode(data))
             self._running[key] = task
-            task.add_done_callback(lambda _: self._running.pop(key, None))
+            task.add_done_callback(functools.partial(self._finished, key))
         # Shielded: one caller that leaves must not fail the others that wait for the same file.
         try:
             return await asyncio.shield(task)
@@ -218,6 +219,12 @@ class DecodePool:
             if self._closed and task.cancelled():
                 raise ServerFault("The image decoders have been stopped.") from None
             raise
+
+    def _finished(self, key: bytes, task: asyncio.Task[_Decoded]) -> None:
+        del self._running[key]
+        if not task.cancelled():
+            # Every caller may have left: an exception that nobody looks at would be logged as forgotten.
+            task.exception()
 
     async def _decode(self, data: bytes) -> _Decoded:
         for _ in range(_ATTEMPTS):
