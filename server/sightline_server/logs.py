@@ -16,6 +16,8 @@ from sightline_server.settings import Settings
 
 log = logging.getLogger("sightline_server.access")
 
+OWN_LOGGERS = ("sightline", "sightline_server", "sightline_models")
+
 _MAX_PATH = 200
 # Both C0 and C1 controls, delete, the two Unicode line ends and the marks that reorder text on a terminal.
 _UNPRINTABLE = {
@@ -81,12 +83,18 @@ def frames(error: BaseException) -> str:
 
 
 def configure(settings: Settings, stream: TextIO | None = None) -> None:
-    """Send everything logged in this process to ``stream`` (standard error), formatted as the settings say."""
+    """Send everything logged in this process to ``stream`` (standard error), formatted as the settings say.
+
+    Libraries are heard from ``warning`` on: below that, some write whole URLs.
+    """
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonLines() if settings.log_format == "json" else TextLines())
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(settings.log_level.upper())
+    level = logging.getLevelName(settings.log_level.upper())
+    root.setLevel(max(level, logging.WARNING))
+    for name in OWN_LOGGERS:
+        logging.getLogger(name).setLevel(level)
 
 
 class TextLines(logging.Formatter):

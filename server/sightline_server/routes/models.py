@@ -14,10 +14,11 @@ router = APIRouter(
 )
 
 
-@router.get("/models", summary="List models")
+@router.get("/models", summary="The model, under each of its names")
 async def list_models(request: Request) -> ModelList:
     record_of(request).endpoint = "models"
-    return ModelList(data=[model_card(context_of(request))])
+    context = context_of(request)
+    return ModelList(data=[model_card(context, name) for name in context.model.names])
 
 
 # A path, since names may hold slashes, which clients send as %2F.
@@ -27,13 +28,14 @@ async def one_model(request: Request, model: str) -> ModelCard:
     record_of(request).endpoint = "models"
     context = context_of(request)
     context.model.check_name(model)
-    return model_card(context)
+    return model_card(context, model)
 
 
-def model_card(context: Context) -> ModelCard:
+def model_card(context: Context, name: str) -> ModelCard:
+    """The model under one of its names."""
     model, info = context.model, context.engine.info
     return ModelCard(
-        id=model.name,
+        id=name,
         created=model.created,
         owned_by="sightline",
         max_model_len=context.context_length,
@@ -47,7 +49,7 @@ def model_card(context: Context) -> ModelCard:
         image_tokens=model.config.num_image_tokens,
         dtype=info.dtype if info else None,
         quantization=info.quantization if info else None,
-        aliases=list(model.names[1:]),
+        aliases=[other for other in model.names if other != name],
         default_sampling=DefaultSampling(
             temperature=model.generation.temperature,
             top_p=model.generation.top_p,
