@@ -18,8 +18,16 @@ HEAD = """# Settings
 
 Each setting is a flag of `sightline serve` and an environment variable. A flag wins over the variable, the variable
 over the default. An unknown `SIGHTLINE_` variable, or a value out of its range, stops the start with a sentence that
-names it. The model folder is also the first plain argument: `sightline serve /models/llava-1.5-7b-hf`.
+names it. The model folder is an argument instead of a flag: `sightline serve /models/llava-1.5-7b-hf`.
 """
+
+
+def _flag(row: Row) -> str:
+    if row.name == "model":
+        return "`MODEL_DIR`"
+    if row.kind is bool:
+        return f"`{row.flag}`, `--no-{row.flag.removeprefix('--')}`"
+    return f"`{row.flag}`"
 
 
 def _default(row: Row) -> str:
@@ -36,7 +44,7 @@ def _values(row: Row) -> str:
     if row.kind is bool:
         return "`true`, `false`"
     if row.kind is str:
-        return "text, several separated by commas" if row.many else "text"
+        return "text; several: the flag again, or commas" if row.many else "text"
     noun = "whole number" if row.kind is int else "number"
     if row.minimum is not None and row.maximum is not None:
         return f"{noun}, {row.minimum:g} to {row.maximum:g}"
@@ -51,7 +59,7 @@ def settings_page() -> str:
         )
         for row in members:
             help_text = row.help.replace("|", "\\|")
-            parts.append(f"| `{row.flag}` | `{row.env}` | {_values(row)} | {_default(row)} | {help_text} |\n")
+            parts.append(f"| {_flag(row)} | `{row.env}` | {_values(row)} | {_default(row)} | {help_text} |\n")
     return "".join(parts)
 
 

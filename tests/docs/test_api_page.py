@@ -33,3 +33,13 @@ def test_accepted_fields(page: str) -> None:
 
 def test_refused_fields(page: str) -> None:
     assert fields_under(page, "Refused") == NOT_YET | set(NOT_BUILT) | set(NEVER) | {"chat_template"}
+
+
+def test_picture_codes(page: str, repository: Path) -> None:
+    sources = [repository / "models/sightline_models", repository / "server/sightline_server/chat"]
+    code = re.compile(r'ImageError\(\s*"(\w+)"')
+    raised = {
+        found for root in sources for file in root.rglob("*.py") for found in code.findall(file.read_text("utf-8"))
+    }
+    section = page.split("## Pictures\n", 1)[1].split("\n## ", 1)[0]
+    assert set(re.findall(r"^\| `(\w+)`", section, flags=re.MULTILINE)) == raised
