@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from sightline_server.cli.event_stream import read_events
-from sightline_server.cli.terminal import clean, one_line
+from sightline_server.cli.terminal import clean, one_line, own_command
 
 CONNECT_TIMEOUT_S = 5.0
 SILENCE_TIMEOUT_S = 600.0
@@ -172,7 +172,7 @@ class ChatClient:
                 "`sightline serve --host 0.0.0.0`, so that other machines may connect?"
             )
         port = parts.port or (443 if parts.scheme == "https" else 80)
-        command = "sightline serve" if port == 8000 else f"sightline serve --port {port}"
+        command = f"{own_command()} serve" if port == 8000 else f"{own_command()} serve --port {port}"
         return (
             f"`sightline serve` is not running at {self.url}. Start it in another terminal with `{command}`, "
             "or give the address of a running one with --url."

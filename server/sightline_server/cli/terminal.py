@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import sys
 
 # Control characters of both ranges, and the explicit bidirectional controls, which can make shown text differ from
@@ -31,6 +32,23 @@ def complain(sentence: str) -> None:
     """An error sentence to standard error."""
     sys.stdout.flush()
     print(f"error: {sentence}", file=sys.stderr, flush=True)
+
+
+def own_command() -> str:
+    """What to type to run this program again: ``sightline`` where that is found, else the path it was started by."""
+    started_as = sys.argv[0]
+    if os.path.basename(started_as) != "sightline" or shutil.which("sightline") == os.path.abspath(started_as):
+        return "sightline"
+    return min(started_as, os.path.relpath(started_as), key=len)
+
+
+def size(number: int) -> str:
+    """Bytes for people: ``13.1 GiB``, ``7.6 MiB``, ``18 KiB``."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if number >= unit:
+            value = number / unit
+            return f"{value:.0f} {name}" if value >= 100 or value == round(value) else f"{value:.1f} {name}"
+    return f"{number} bytes"
 
 
 def discard_stdout() -> None:

@@ -1,0 +1,209 @@
+"""Judges what was found: which device would be used and why, what stands in the way of serving, and each fix.
+
+Pure functions of facts gathered elsewhere: `machine.py` looks, this judges, `doctor_report.py` writes it down.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sightline_models.config import VlmConfig
+from sightline_server import settings as settings_table
+from sightline_server.cli.fit import Fit, Memory, plan
+from sightline_server.cli.machine import Machine, TorchGpu, TorchView
+from sightline_server.cli.terminal import own_command, size
+from sightline_server.settings import Settings
+
+_SPARE_FILES = 256
+"""File descriptors beside one for each request: libraries, sockets to the engine, pipes to the decoders."""
+
+_INSTALL_DRIVER = "sudo ubuntu-drivers install (elsewhere: the newest NVIDIA driver of your distribution), then restart"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """Something that isn't as it should be."""
+
+    level: Literal["problem", "warning"]
+    """A problem stops the model from being served."""
+    sentence: str
+    fix: str | None
+    """A command, or a sentence where no command can do it; None where the sentence itself says what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The device that `sightline serve` would take."""
+
+    device: str
+    why: str
+    gpu: TorchGpu | None
+    memory: Memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A folder that can be read."""
+
+    name: str
+    folder: Path
+    config: VlmConfig
+    disk_bytes: int
+    num_files: int
+
+
+def choose(machine: Machine, torch: TorchView, settings: Settings) -> Choice:
+    """What ``--device`` comes to here; auto is the first GPU that torch sees, else the CPU."""
+    asked = settings.device
+    index = int(asked.partition(":")[2] or 0)
+    gpu = next((gpu for gpu in torch.gpus if gpu.index == index), None) if asked != "cpu" else None
+    if gpu is not None:
+        why = "the first GPU that torch sees" if asked == "auto" else f"--device {asked} asks for it"
+        memory = Memory(is_gpu=True, total=gpu.total_bytes, free=gpu.free_bytes or 0)
+        return Choice(device=f"cuda:{gpu.index}", why=why, gpu=gpu, memory=memory)
+    memory = Memory(is_gpu=False, total=machine.memory_total, free=machine.memory_free)
+    if asked == "cpu":
+        why = "--device cpu asks for it"
+    elif not machine.nvidia_devices and not machine.driver_gpus:
+        why = "this machine has no NVIDIA GPU"
+    else:
+        why = "torch can't use this machine's GPU, see below"
+    return Choice(device="cpu", why=why, gpu=None, memory=memory)
+
+
+def precision_of(config: VlmConfig, choice: Choice, settings: Settings) -> str:
+    """The precision that `--dtype` comes to on the chosen device."""
+    if settings.dtype != "auto":
+        asked: str = settings.dtype
+    else:
+        asked = config.dtype if choice.gpu else "float32"
+    return "float16" if asked == "bfloat16" and choice.gpu and not choice.gpu.bfloat16 else asked
+
+
+def software_findings(versions: Mapping[str, str | None], torch: TorchView) -> list[Finding]:
+    """Missing packages, and a torch that doesn't import."""
+    findings = [
+        Finding(level="problem", sentence=f"The package {name} is not installed.", fix=_pip(name))
+        for name, version in versions.items()
+        if version is None
+    ]
+    if torch.error is not None and versions.get("torch") is not None:
+        fix = _pip("--force-reinstall torch torchvision")
+        findings.append(Finding(level="problem", sentence=f"torch can't be used: {torch.error}.", fix=fix))
+    return findings
+
+
+def gpu_findings(machine: Machine, torch: TorchView, settings: Settings, visible: str | None) -> list[Finding]:
+    """Why a GPU that is there isn't used. ``visible`` is the value of CUDA_VISIBLE_DEVICES."""
+    if torch.error is not None or settings.device == "cpu":
+        return []
+    present = bool(machine.driver_gpus or machine.nvidia_devices)
+    # A GPU that was asked for by name and isn't there stops the start; auto goes on with the CPU.
+    asked = settings.device.startswith("cuda")
+    level: Literal["problem", "warning"] = "problem" if asked else "warning"
+    if torch.gpus:
+        wanted = int(settings.device.partition(":")[2] or 0)
+        gpu = next((gpu for gpu in torch.gpus if gpu.index == wanted), None)
+        if gpu is None:
+            last = torch.gpus[-1].index
+            sentence = f"--device {settings.device} names a GPU that isn't there: the last one is cuda:{last}."
+            return [Finding(level="problem", sentence=sentence, fix=f"{own_command()} doctor --device cuda:{last}")]
+        if gpu.error is not None:
+            return [Finding(level="problem", sentence=f"{gpu.name} can't be used: {gpu.error}.", fix="nvidia-smi")]
+        return []
+    if not present:
+        if not asked:
+            return []
+        sentence = f"--device {settings.device}: this machine has no NVIDIA GPU."
+        return [Finding(level="problem", sentence=sentence, fix=f"{own_command()} serve --device cpu")]
+    if not machine.driver_gpus:
+        if machine.in_container:
+            sentence = "There is an NVIDIA GPU, but this container was started without it."
+            return [Finding(level=level, sentence=sentence, fix="docker run --gpus all ...")]
+        sentence = "There is an NVIDIA GPU, but no working driver for it."
+        return [Finding(level=level, sentence=sentence, fix=_INSTALL_DRIVER)]
+    if torch.cuda_build is None:
+        sentence = f"{machine.driver_gpus[0].name} is there, but this torch was built without CUDA."
+        return [Finding(level=level, sentence=sentence, fix=_pip("--force-reinstall torch torchvision"))]
+    if visible is not None:
+        sentence = f"CUDA_VISIBLE_DEVICES={visible!r} hides the GPU from torch."
+        return [Finding(level=level, sentence=sentence, fix="unset CUDA_VISIBLE_DEVICES")]
+    driver = machine.driver_gpus[0].driver
+    sentence = f"torch is built for CUDA {torch.cuda_build} and can't use driver {driver}: {torch.reason}."
+    return [Finding(level=level, sentence=sentence, fix=_INSTALL_DRIVER)]
+
+
+def process_findings(machine: Machine, choice: Choice, settings: Settings, *, port_taken: bool) -> list[Finding]:
+    """Limits and neighbours that a running server would meet."""
+    findings = []
+    needed = settings.max_running + settings.max_queue + _SPARE_FILES
+    if machine.open_files < needed:
+        findings.append(
+            Finding(
+                level="warning",
+                sentence=f"A process may open {machine.open_files} files here; {needed} would serve a full queue.",
+                fix=f"ulimit -n {max(4096, needed)}",
+            )
+        )
+    quota = machine.cpu_quota
+    if choice.gpu is None and not settings.threads and quota is not None and quota < machine.allowed_cores:
+        threads = max(1, int(quota))
+        findings.append(
+            Finding(
+                level="warning",
+                sentence=f"A container limit leaves {quota:g} of {machine.allowed_cores} CPUs: as many threads as CPUs "
+                "would wait for each other.",
+                fix=f"{own_command()} serve --threads {threads}",
+            )
+        )
+    if choice.gpu is None and machine.architecture == "x86_64" and "AVX2" not in machine.features:
+        sentence = "This processor has no AVX2, so answers will come slowly."
+        findings.append(
+            Finding(level="warning", sentence=sentence, fix="use a machine with a GPU or a newer processor")
+        )
+    if port_taken:
+        port = settings.port + 1 if settings.port < 65535 else 0
+        findings.append(
+            Finding(
+                level="warning",
+                sentence=f"Port {settings.port} is in use, perhaps by a server that runs already.",
+                fix=f"{own_command()} serve --port {port}",
+            )
+        )
+    return findings
+
+
+def fit_finding(checkpoint: Checkpoint, fit: Fit, choice: Choice, settings: Settings, target: str) -> Finding | None:
+    """A model that doesn't fit, with the flags that make it fit where some do. ``target`` is how it was named."""
+    if fit.fits:
+        return None
+    what = f"{checkpoint.name} doesn't fit on {choice.device} in {fit.precision}"
+    sentence = f"{what}: it needs about {size(fit.needed_bytes)}, and {size(choice.memory.free)} are free."
+    for flags in _remedies(choice, fit.precision):
+        changed = settings_table.replace(settings, **flags)
+        precision = precision_of(checkpoint.config, choice, changed)
+        if plan(checkpoint.name, checkpoint.config, precision, choice.memory, changed).fits:
+            words = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in flags.items())
+            command = " ".join(word for word in (own_command(), "serve", target, words) if word)
+            return Finding(level="problem", sentence=sentence, fix=command)
+    others = choice.memory.total - choice.memory.free
+    if choice.gpu is not None and others > choice.memory.total // 10:
+        return Finding(level="problem", sentence=f"{sentence} Others hold {size(others)}.", fix="nvidia-smi")
+    return Finding(level="problem", sentence=sentence, fix="free some memory, or serve a smaller model")
+
+
+def _remedies(choice: Choice, precision: str) -> Sequence[Mapping[str, object]]:
+    """Settings that make a model smaller, the least painful first."""
+    half = (
+        {} if precision != "float32" else {"dtype": "bfloat16" if not choice.gpu or choice.gpu.bfloat16 else "float16"}
+    )
+    small: Mapping[str, object] = (
+        {"gpu_memory_utilization": 0.95, "max_step_tokens": 512} if choice.gpu else {"cpu_cache_gb": 0.5}
+    )
+    return [changes for changes in (half, small, {**half, **small}) if changes]
+
+
+def _pip(words: str) -> str:
+    return f"{sys.executable} -m pip install {words}"
