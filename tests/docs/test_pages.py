@@ -21,21 +21,36 @@ def test_links_between_pages_resolve(repository: Path) -> None:
     assert broken == []
 
 
+def named_files(cells: list[str]) -> list[str]:
+    """Paths named in ``cells``; a bare name stands in the room of the path before it."""
+    found = []
+    for cell in cells:
+        room = ""
+        for name in re.findall(r"`([\w/.<>]+)`", cell):
+            room = str(Path(name).parent) if "/" in name else room
+            found.append(name if "/" in name or not room else f"{room}/{name}")
+    return found
+
+
+def missing(repository: Path, names: list[str]) -> list[str]:
+    roots = ("kernels", "models", "server", SERVER)
+    return [name for name in names if not any(list((repository / root).glob(name)) for root in roots)]
+
+
 def test_the_requests_way_names_true_files(repository: Path) -> None:
     page = (repository / "docs/architecture.md").read_text(encoding="utf-8")
     way = page.split("## The request's way", 1)[1].split("## The rooms", 1)[0]
     stations = re.findall(r"^\d+\. (.*?): ", way, flags=re.MULTILINE)
-    assert len(stations) >= 20
-    missing = []
-    for station in stations:
-        room = ""
-        for name in re.findall(r"`([^`]+)`", station):
-            room = str(Path(name).parent) if "/" in name else room
-            path = name if "/" in name or name == "sse.py" else f"{room}/{name}"
-            roots = ("kernels", "models", "server", SERVER)
-            if not any((repository / root / path).exists() for root in roots):
-                missing.append(path)
-    assert missing == []
+    assert len(stations) == 24
+    assert missing(repository, named_files(stations)) == []
+
+
+def test_the_table_of_rooms_names_true_files(repository: Path) -> None:
+    page = (repository / "docs/architecture.md").read_text(encoding="utf-8")
+    rooms = page.split("## The rooms", 1)[1].split("\n## ", 1)[0]
+    names = [name.replace("<op>", "*") for name in named_files(re.findall(r"^\| (`.*?) \|", rooms, flags=re.MULTILINE))]
+    assert len(names) > 20
+    assert missing(repository, [name.rstrip("/") for name in names if name.endswith(("/", ".py"))]) == []
 
 
 @pytest.mark.parametrize("package", [SERVER, "models/sightline_models", "kernels/sightline_kernels"])
