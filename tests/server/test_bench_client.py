@@ -348,7 +348,7 @@ def run_command(*flags: str) -> int:
     parser = argparse.ArgumentParser()
     cli.add_parser(parser.add_subparsers())
     args = parser.parse_args(["bench", *flags])
-    return int(args.run(args))
+    return cli.run(args)
 
 
 async def every_third_refused(head: str, body: bytes, writer: asyncio.StreamWriter) -> None:

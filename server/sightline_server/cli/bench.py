@@ -40,7 +40,6 @@ The last line of standard output is one JSON object.
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
     parser = subparsers.add_parser("bench", help="measure an OpenAI-compatible server", description=DESCRIPTION)
-    parser.set_defaults(run=run)
     server = parser.add_argument_group("server")
     server.add_argument("--url", default="http://127.0.0.1:8000/v1", help="root of the API (default: %(default)s)")
     server.add_argument("--model", help="default: the first one the server lists")

@@ -1,0 +1,54 @@
+"""Stage 1: what the machine is, and its ceilings measured in this run."""
+
+import shutil
+import subprocess
+
+import torch
+
+from benchmarks.gpu.ceilings import copy_bandwidth, launch_us, matmul_rate, read_bandwidth
+from benchmarks.gpu.stage import Stage, run
+from benchmarks.machine import describe_machine
+
+GPU_FIELDS = ("name", "driver_version", "memory.total", "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
+
+
+def nvidia_smi() -> dict[str, str] | None:
+    """The driver's word on the first GPU, nothing where there is none."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    query = [program, f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, timeout=30)
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
+        return None
+    return dict(zip(GPU_FIELDS, (value.strip() for value in lines[0].split(",")), strict=False))
+
+
+def measure(stage: Stage) -> None:
+    stage.save(machine=describe_machine(), nvidia_smi_before=nvidia_smi())
+    if stage.on_gpu:
+        properties = torch.cuda.get_device_properties(0)
+        stage.save(
+            gpu={
+                "name": properties.name,
+                "compute_capability": f"{properties.major}.{properties.minor}",
+                "multiprocessors": properties.multi_processor_count,
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+                "cuda": torch.version.cuda,
+            }
+        )
+        stage.say(f"{properties.name}, torch {torch.__version__}, CUDA {torch.version.cuda}")
+    num_bytes, size = (2**32, 8192) if stage.on_gpu and not stage.quick else (2**26, 1024)
+    stage.save(copy_bytes_per_s=copy_bandwidth(stage.device, num_bytes=num_bytes))
+    stage.save(read_bytes_per_s=read_bandwidth(stage.device, num_bytes=num_bytes))
+    stage.say(f"copy {stage.results['copy_bytes_per_s'] / 1e12:.3f} TB/s")
+    for dtype in (torch.bfloat16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        stage.save(**{f"matmul_{name}_flops": matmul_rate(stage.device, size=size, dtype=dtype)})
+        stage.say(f"{name} matrix product {stage.results[f'matmul_{name}_flops'] / 1e12:.2f} TFLOP/s")
+    stage.save(launch_us=round(launch_us(stage.device), 3), nvidia_smi_after=nvidia_smi())
+
+
+if __name__ == "__main__":
+    run("environment", measure)

@@ -1,0 +1,174 @@
+"""`scripts/gpu_check`: every stage in turn, each in a process of its own, within a time that was set beforehand.
+
+Knows stages, clocks and result files. Knows no tensor: a stage that hangs or takes the device down with it is ended,
+written down as failed with what it said, and the next one starts.
+"""
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu import pack
+from benchmarks.gpu.environment import nvidia_smi
+from benchmarks.machine import ROOT, child_environment, describe_machine
+
+LEAST_S = 5.0
+"""A stage with less time than this left is not started."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One stage: the module that runs it and the seconds it may take."""
+
+    name: str
+    module: str
+    limit_s: float
+    about: str
+
+
+STAGES = (
+    Plan("environment", "environment", 60, "the machine and its ceilings"),
+    Plan("tests", "gpu_tests", 150, "the tests marked gpu"),
+    Plan("oracle", "oracle", 150, "bfloat16 error beside transformers', against float32"),
+    Plan("decode", "decode", 90, "decode step time beside the bandwidth floor"),
+    Plan("profile", "step_profile", 90, "kernels, waits and idle share of one step"),
+    Plan("load", "load", 180, "the true server under load over HTTP"),
+)
+
+
+def run_stage(plan: Plan, out: Path, flags: list[str], limit_s: float) -> dict[str, Any]:
+    """Run one stage and return what it wrote, with ``failed`` saying why when it did not end well."""
+    path = out / f"{plan.name}.json"
+    path.unlink(missing_ok=True)
+    command = [sys.executable, "-m", f"benchmarks.gpu.{plan.module}", "--out", str(path), *flags]
+    environment = {**child_environment(), "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    ended_late = threading.Event()
+
+    def end() -> None:
+        ended_late.set()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    timer = threading.Timer(limit_s, end)
+    timer.start()
+    said = []
+    assert process.stdout is not None, "the stage's output is not piped"
+    with process.stdout:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            said.append(line)
+    code = process.wait()
+    timer.cancel()
+    # What a stage left behind, such as a server of the load, goes with it.
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"stage": plan.name}
+    if ended_late.is_set():
+        results["failed"] = f"ended after its limit of {limit_s:.0f} s"
+    elif code:
+        results["failed"] = f"ended with code {code}"
+    elif not results.get("finished"):
+        results["failed"] = "ended without a whole result"
+    if "failed" in results:
+        results["output_tail"] = "".join(said)[-6000:]
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def default_folder(device: str) -> Path:
+    told = nvidia_smi() if device != "cpu" else None
+    name = re.sub(r"[^a-z0-9]+", "-", (told or {}).get("name", device).lower()).strip("-")
+    return ROOT / "benchmarks/results" / f"{name}-{datetime.date.today():%Y-%m-%d}"
+
+
+def chosen(names: str | None) -> list[Plan]:
+    """The stages of a comma-separated list, in their own order. Raises ValueError naming what is unknown."""
+    if names is None:
+        return list(STAGES)
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    known = {plan.name: plan for plan in STAGES}
+    if unknown := [name for name in wanted if name not in known]:
+        raise ValueError(f"There is no stage {', '.join(unknown)}. Stages: {', '.join(known)}.")
+    return [plan for plan in STAGES if plan.name in wanted]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    stages = "; ".join(f"{plan.name}: {plan.about}" for plan in STAGES)
+    parser = argparse.ArgumentParser(
+        prog="scripts/gpu_check",
+        description="Check and measure a CUDA machine in one command; every stage writes its JSON as it ends.",
+        epilog=f"Stages: {stages}.",
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: benchmarks/results/<GPU>-<date>")
+    parser.add_argument("--stages", metavar="A,B", help="default: all")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu proves the code on tiny shapes")
+    parser.add_argument("--quick", action="store_true", help="smaller shapes")
+    parser.add_argument("--limit", type=float, default=480.0, metavar="S", help="for all stages (%(default)g)")
+    parser.add_argument("--commit", metavar="NAME", help="what is measured, where there is no git history")
+    parser.add_argument(
+        "--pack",
+        nargs="?",
+        type=Path,
+        const=pack.DEFAULT_FOLDER,
+        metavar="DIR",
+        help="instead: gather the wheels that a bare CUDA machine without a network lacks (default %(const)s)",
+    )
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = make_parser()
+    args = parser.parse_args(arguments)
+    if args.pack is not None:
+        return pack.gather(args.pack)
+    try:
+        plans = chosen(args.stages)
+    except ValueError as error:
+        parser.error(str(error))
+    out = args.out or default_folder(args.device)
+    out.mkdir(parents=True, exist_ok=True)
+    flags = ["--device", args.device, *(["--quick"] if args.quick else [])]
+    deadline = time.monotonic() + args.limit
+    summary: dict[str, Any] = {"machine": describe_machine(args.commit), "device": args.device, "stages": {}}
+    for plan in plans:
+        left = deadline - time.monotonic()
+        began = time.monotonic()
+        if left < LEAST_S:
+            results: dict[str, Any] = {"stage": plan.name, "failed": f"not started: --limit {args.limit:g} was used up"}
+            (out / f"{plan.name}.json").write_text(json.dumps(results, indent=1) + "\n")
+        else:
+            print(f"\n== {plan.name}: {plan.about}", flush=True)
+            results = run_stage(plan, out, flags, min(plan.limit_s, left))
+        verdict = results.get("failed", "ok")
+        summary["stages"][plan.name] = {"verdict": verdict, "seconds": round(time.monotonic() - began, 1)}
+        (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    print()
+    for name, told in summary["stages"].items():
+        print(f"{name:<12} {told['seconds']:>6.1f} s  {told['verdict']}")
+    print(f"Results: {out}")
+    return 0 if all(told["verdict"] == "ok" for told in summary["stages"].values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

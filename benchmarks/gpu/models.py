@@ -1,0 +1,70 @@
+"""Models of a named shape for the stages: ours with random weights, and transformers' with the same ones on disk.
+
+Knows checkpoint folders. Knows nothing of what is measured.
+"""
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sightline_models import presets
+from sightline_models.config import read_config
+from sightline_models.images import read_preprocess_config
+from sightline_models.vlm import Vlm
+from sightline_models.weights import load_vlm, random_vlm
+
+
+def random_model(shape: str, *, dtype: torch.dtype, device: str, seed: int = 0) -> Vlm:
+    """Ours, made on the device."""
+    with tempfile.TemporaryDirectory(prefix="sightline-shape-") as name:
+        folder = Path(name)
+        presets.write_preset(shape, folder)
+        config = read_config(folder)
+        normalization = read_preprocess_config(folder, config).normalization
+    return random_vlm(config, normalization, dtype=dtype, device=torch.device(device), seed=seed)
+
+
+def load_ours(folder: Path, *, dtype: torch.dtype, device: str) -> Vlm:
+    config = read_config(folder)
+    normalization = read_preprocess_config(folder, config).normalization
+    return load_vlm(folder, config, normalization, dtype=dtype, device=torch.device(device))
+
+
+def random_transformers_model(folder: Path, *, device: str, seed: int = 0) -> Any:
+    """transformers' model of the shape in ``folder``: bfloat16 weights made on the device, of a size that makes
+    logits neither flat nor saturated."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device(device):
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    generator = torch.Generator(device=device).manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                scale = 1.0 if name.endswith("embed_tokens.weight") else parameter[0].numel() ** -0.5
+                parameter.normal_(0.0, scale, generator=generator)
+            elif "norm" in name:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            else:
+                parameter.normal_(0.0, 0.1, generator=generator)
+    return model.eval()
+
+
+def decoder_bytes_per_step(model: Vlm) -> int:
+    """Weight bytes that every decode step must read: the decoder's but for the embedding rows it doesn't look up."""
+    total = sum(weight.nbytes for weight in model.decoder.parameters())
+    if model.config.decoder.tie_word_embeddings:
+        return total
+    return total - model.decoder.embed_tokens.weight.nbytes
+
+
+def scratch_folder(num_bytes: int) -> Path | None:
+    """A new folder with room for ``num_bytes``, in memory where that has room; nothing when neither has."""
+    for root in (Path("/dev/shm"), Path(tempfile.gettempdir())):
+        if root.is_dir() and shutil.disk_usage(root).free > num_bytes * 1.2:
+            return Path(tempfile.mkdtemp(prefix="sightline-check-", dir=root))
+    return None

@@ -1,0 +1,242 @@
+"""The comparison behind every speed claim on a CPU: one stream of ours, many streams of ours, many of the peer's.
+
+Both servers serve the same weights and stay up through all rounds; each round runs the other way round than the one
+before (ABBA), so that a machine that slows down or a neighbour that wakes up takes from both. Medians are reported
+with the least and most of the rounds. Run it with `scripts/bench`.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import transformers_serve
+from benchmarks.machine import ROOT, describe_machine, load_average
+from benchmarks.servers import Server, ServerError, bench, free_port, running, sightline_command
+
+STREAMS = 16
+INPUT_LEN, OUTPUT_LEN = 64, 128
+TARGETS = {"demo": (5.0, 8.0), "llava-45m": (3.0, 8.0)}
+"""How many times one stream of ours, and how many times the peer, STREAMS of ours must bring."""
+
+
+@dataclass(frozen=True)
+class Size:
+    rounds: int
+    prompts_single: int
+    prompts_many: int
+
+
+QUICK = Size(rounds=2, prompts_single=4, prompts_many=STREAMS)
+FULL = Size(rounds=6, prompts_single=8, prompts_many=3 * STREAMS)
+
+
+@dataclass
+class Outcome:
+    """What one model gave: output tokens a second of each system, a figure a round."""
+
+    model: str
+    configs: dict[str, Any] = field(default_factory=dict)
+    """For each side the variant that competes, and what every variant gave when tried."""
+    rates: dict[str, list[float]] = field(default_factory=dict)
+    runs: list[dict[str, Any]] = field(default_factory=list)
+
+    def ratios(self, over: str) -> list[float]:
+        """Our many streams over ``over``, round by round."""
+        return [ours / other for ours, other in zip(self.rates["many"], self.rates.get(over, ()), strict=False)]
+
+    def to_json(self) -> dict[str, Any]:
+        told: dict[str, Any] = {"model": self.model, "configs": self.configs, "systems": {}, "ratios": {}}
+        for system, rates in self.rates.items():
+            told["systems"][system] = {"output_tokens_per_s": spread(rates), "rounds": rates}
+        targets = dict(zip(("single", "peer"), TARGETS.get(self.model, ()), strict=False))
+        for other in ("single", "peer"):
+            if ratios := self.ratios(other):
+                told["ratios"][f"many_over_{other}"] = {**spread(ratios), "target": targets.get(other)}
+        told["runs"] = self.runs
+        return told
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {
+        "median": round(statistics.median(values), 3),
+        "min": round(min(values), 3),
+        "max": round(max(values), 3),
+    }
+
+
+@contextlib.contextmanager
+def checkpoint(name: str) -> Iterator[Path]:
+    """A folder with the weights both servers load: the demo model's own, or random ones of a named shape."""
+    # Only for writing weights is torch wanted: the rest of this process starts servers and waits.
+    from sightline_models import presets, tiny
+
+    if name == "demo":
+        yield presets.demo_checkpoint()
+        return
+    folder = Path(tempfile.mkdtemp(prefix="sightline-weights-"))
+    try:
+        tiny.write_checkpoint(folder, preset=name, seed=0, dtype="bfloat16")
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to start a side: its precision (the peer's flag; ours is not varied) and its torch threads."""
+
+    side: str
+    dtype: str
+    threads: str
+    """A number, or ``default`` for what that server chooses by itself."""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {} if self.threads == "default" else {"OMP_NUM_THREADS": self.threads}
+
+
+OURS = [Variant("ours", "auto", threads) for threads in ("default", "1")]
+PEERS = [Variant("peer", dtype, threads) for dtype in transformers_serve.DTYPES for threads in ("default", "1")]
+
+
+@contextlib.contextmanager
+def started(variant: Variant, folder: Path, serve_flags: list[str]) -> Iterator[Server]:
+    """The server of one variant. ``folder`` is the checkpoint, for the peer as ``link_checkpoint`` makes it."""
+    if variant.side == "peer":
+        with transformers_serve.serving(folder, variant.dtype, environment=variant.environment) as server:
+            yield server
+        return
+    port = free_port()
+    threads = [] if variant.threads == "default" else ["--threads", variant.threads]
+    command = sightline_command(port, str(folder), "--dtype", variant.dtype, *threads, *serve_flags)
+    with running("sightline", command, port=port, ready_path="/ready") as server:
+        yield server
+
+
+def choose(variants: list[Variant], folder: Path, serve_flags: list[str], console: Console) -> dict[str, Any]:
+    """Try the variants of one side briefly under the load that counts; the fastest competes."""
+    tried = []
+    for variant in variants:
+        with started(variant, folder, serve_flags) as server:
+            rate = _rate(_ask(server, variant.side, prompts=4, streams=4, output_len=OUTPUT_LEN // 2))
+        console.print(f"  tried {server.name}, {variant.threads} threads: {rate:,.0f} tokens/s")
+        tried.append({**dataclasses.asdict(variant), "output_tokens_per_s": rate})
+    return {"best": max(tried, key=lambda one: float(one["output_tokens_per_s"])), "tried": tried}
+
+
+def measure(name: str, size: Size, with_peer: bool, serve_flags: list[str], console: Console) -> Outcome:
+    outcome = Outcome(name)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(checkpoint(name))
+        linked = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sightline-peer-"))) / "model"
+        transformers_serve.link_checkpoint(folder, linked)
+        sides = [("ours", OURS, folder), *([("peer", PEERS, linked)] if with_peer else [])]
+        servers = {}
+        for side, variants, where in sides:
+            chosen = outcome.configs[side] = choose(variants, where, serve_flags, console)
+            best = Variant(*(chosen["best"][key] for key in ("side", "dtype", "threads")))
+            servers[side] = stack.enter_context(started(best, where, serve_flags))
+        order = ["single", "many", *(["peer"] if with_peer else [])]
+        for turn in range(size.rounds):
+            for system in order if turn % 2 == 0 else reversed(order):
+                side = "peer" if system == "peer" else "ours"
+                prompts, streams = (size.prompts_single, 1) if system == "single" else (size.prompts_many, STREAMS)
+                summary = _ask(servers[side], side, prompts=prompts, streams=streams, output_len=OUTPUT_LEN)
+                outcome.rates.setdefault(system, []).append(_rate(summary))
+                outcome.runs.append({"system": system, "round": turn, "load": load_average(), "summary": summary})
+                console.print(f"  round {turn + 1}, {system}: {_rate(summary):,.0f} output tokens/s")
+    return outcome
+
+
+def _ask(server: Server, side: str, *, prompts: int, streams: int, output_len: int) -> dict[str, Any]:
+    summary = bench(
+        server,
+        num_prompts=prompts,
+        max_concurrency=streams,
+        input_len=INPUT_LEN,
+        output_len=output_len,
+        images="own",
+        # The peer refuses the field; its folder names no end token instead.
+        ignore_eos=side != "peer",
+    )
+    if summary["counts"]["short"]:
+        raise ServerError(f"{server.name} ended {summary['counts']['short']} answers early: the loads differ.")
+    return summary
+
+
+def _rate(summary: dict[str, Any]) -> float:
+    return float(summary["throughput"]["output_tokens_per_s"])
+
+
+def table(outcomes: list[Outcome]) -> Table:
+    shown = Table(title=f"Output tokens/s: own picture each, {INPUT_LEN} text tokens in, {OUTPUT_LEN} out")
+    for heading in ("model", "1 stream", f"{STREAMS} streams", "gain", f"transformers serve, {STREAMS}", "gain"):
+        shown.add_column(heading, justify="left" if heading == "model" else "right")
+    for outcome in outcomes:
+        rates = {system: f"{statistics.median(values):,.0f}" for system, values in outcome.rates.items()}
+        gains = [_gain(outcome, other) for other in ("single", "peer")]
+        shown.add_row(outcome.model, rates["single"], rates["many"], gains[0], rates.get("peer", "-"), gains[1])
+    return shown
+
+
+def _gain(outcome: Outcome, other: str) -> str:
+    ratios = outcome.ratios(other)
+    if not ratios:
+        return "-"
+    return f"{statistics.median(ratios):.1f}x ({min(ratios):.1f} to {max(ratios):.1f})"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
+    parser.add_argument("--full", action="store_true", help="more rounds and requests (quick: under five minutes)")
+    parser.add_argument("--models", default="demo,llava-45m", help="demo or names of shapes (%(default)s)")
+    parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True, help="transformers serve too")
+    parser.add_argument("--serve-flag", action="append", default=[], metavar="FLAG", help="for sightline serve")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="default: a dated file in benchmarks/results")
+    args = parser.parse_args(arguments)
+    console = Console()
+    if args.peer and (missing := transformers_serve.missing_packages()):
+        console.print(
+            f"transformers serve needs {', '.join(missing)}: .venv/bin/pip install -e '.[bench]', or leave it out "
+            "with --no-peer."
+        )
+        return 1
+    began = time.monotonic()
+    document: dict[str, Any] = {"suite": "cpu", "size": "full" if args.full else "quick", "machine": describe_machine()}
+    outcomes = []
+    try:
+        for name in args.models.split(","):
+            console.print(f"[bold]{name}[/]")
+            outcomes.append(measure(name, FULL if args.full else QUICK, args.peer, args.serve_flag, console))
+    except ServerError as error:
+        console.print(str(error), markup=False)
+        return 1
+    document["load_after"] = load_average()
+    document["seconds"] = round(time.monotonic() - began, 1)
+    document["serve_flags"] = args.serve_flag
+    document["models"] = [outcome.to_json() for outcome in outcomes]
+    path = args.json or ROOT / "benchmarks/results" / f"cpu-{datetime.date.today():%Y-%m-%d}.json"
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    console.print(table(outcomes))
+    console.print(
+        f"Load {document['machine']['load'][0]} before and {document['load_after'][0]} after. Written: {path}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
