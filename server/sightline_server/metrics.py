@@ -77,7 +77,7 @@ class Metrics:
         )
         self.end_to_end = Histogram(
             "sightline_request_seconds",
-            "From a chat request's arrival to the end of its answer, whatever the outcome.",
+            "From a chat request's arrival to the end of its completed answer.",
             buckets=_END_TO_END_S,
             registry=self.registry,
         )

@@ -14,6 +14,8 @@ import pytest
 from api_calls import CHAT, chat_body, eventually, running
 from fakes import FakeEngine, fake_app, fake_model
 
+from sightline_server.chat.prompt import build_prompt
+
 
 def wait_until(true: Any, seconds: float = 3.0) -> None:
     deadline = time.monotonic() + seconds
@@ -75,6 +77,25 @@ def test_leaving_before_the_prompt_is_ready(monkeypatch: pytest.MonkeyPatch) -> 
         wait_until(lambda: 'outcome="cancelled"} 1.0' in httpx.get(address + "/metrics").text)
         go_on.set()
     assert engine.requests == []
+
+
+def test_requests_in_preparation_fill_the_queue_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered, go_on = threading.Event(), threading.Event()
+
+    def slow(*arguments: Any) -> Any:
+        entered.set()
+        go_on.wait(5)
+        return build_prompt(*arguments)
+
+    monkeypatch.setattr("sightline_server.routes.chat.build_prompt", slow)
+    with running(fake_app(max_queue=1)) as address, post(address, json.dumps(chat_body()).encode()) as first:
+        assert entered.wait(3)
+        refused = httpx.post(address + CHAT, json=chat_body())
+        go_on.set()
+        assert read_until(first, b"}}").startswith(b"HTTP/1.1 200")
+        later = httpx.post(address + CHAT, json=chat_body())
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "server_is_overloaded")
+    assert later.status_code == 200
 
 
 def test_leaving_right_after_the_finish_is_no_failure() -> None:

@@ -41,15 +41,7 @@ def build_prompt(
     Raises InvalidRequest for messages the template doesn't take, or that can't fit.
     """
     rendered = template_messages(messages)
-    characters = sum(len(part.text) for message in rendered for part in message.parts if isinstance(part, TextPart))
-    if characters > context_length * MAX_CHARS_PER_TOKEN:
-        raise InvalidRequest(
-            f"This model's maximum context length is {context_length} tokens. However, your messages hold "
-            f"{characters} characters, which is more than {context_length} tokens. "
-            "Please reduce the length of the messages.",
-            code="context_length_exceeded",
-            param="messages",
-        )
+    _refuse_hopeless(rendered, context_length)
     try:
         encoded = model.tokenizer.encode_chat(rendered, [image.num_tokens for image in images])
     except TokenizerError as error:
@@ -60,6 +52,20 @@ def build_prompt(
         for start, image in zip(encoded.image_starts, images, strict=True)
     )
     return Prompt(encoded.token_ids, spans)
+
+
+def _refuse_hopeless(messages: Sequence[Message], context_length: int) -> None:
+    """Raises InvalidRequest for what can't fit however it is tokenized, before that takes seconds."""
+    characters = sum(len(part.text) for message in messages for part in message.parts if isinstance(part, TextPart))
+    # A message takes a token at the very least.
+    if characters > context_length * MAX_CHARS_PER_TOKEN or len(messages) > context_length:
+        raise InvalidRequest(
+            f"This model's maximum context length is {context_length} tokens. However, your {len(messages)} messages "
+            f"hold {characters} characters, which is more than {context_length} tokens. "
+            "Please reduce the length of the messages.",
+            code="context_length_exceeded",
+            param="messages",
+        )
 
 
 def template_messages(messages: Sequence[ChatMessage]) -> list[Message]:

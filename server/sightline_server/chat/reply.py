@@ -29,8 +29,8 @@ from sightline_server.protocol.completion import (
 
 LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON lacks; the figure is OpenAI's."""
-_ENTRIES_PER_CHUNK = 16
-"""Log probabilities in one chunk: with 20 alternatives each, an event stays below the 64 KB that clients read."""
+_LOGPROBS_PER_CHUNK = 168
+"""Tokens with a log probability in one chunk, alternatives included: an event stays below the 64 KB clients read."""
 
 
 @dataclass(frozen=True)
@@ -140,9 +140,11 @@ def _portions(delta: TextDelta) -> Iterator[tuple[str, tuple[TokenEvent, ...]]]:
     """The delta in pieces that make events of a bounded size; the text goes with the first."""
     if not delta.text and not delta.tokens:
         return
-    yield delta.text, delta.tokens[:_ENTRIES_PER_CHUNK]
-    for start in range(_ENTRIES_PER_CHUNK, len(delta.tokens), _ENTRIES_PER_CHUNK):
-        yield "", delta.tokens[start : start + _ENTRIES_PER_CHUNK]
+    alternatives = max((len(event.top_logprobs) for event in delta.tokens), default=0)
+    size = max(1, _LOGPROBS_PER_CHUNK // (1 + alternatives))
+    yield delta.text, delta.tokens[:size]
+    for start in range(size, len(delta.tokens), size):
+        yield "", delta.tokens[start : start + size]
 
 
 def _finish(reason: FinishReason | None) -> Literal["stop", "length"]:

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from sightline_server.errors import InvalidRequest
 
 MAX_DEPTH = 64
-MAX_ELEMENTS = 2_000_000
+MAX_ELEMENTS = 500_000
 """Objects, arrays and list entries in one body. A picture is one long string, so honest bodies stay far below."""
 _MAX_NAME = 80
 

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 MIB = 2**20
 LINGER_S = 5.0
 """How long the rest of a refused body is read and dropped, so that the client gets to see why."""
+WATCHING = ("health", "metrics")
+"""Endpoints whose calls are no work and are not counted as such."""
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -63,10 +65,15 @@ class Edge:
         finally:
             seconds = time.perf_counter() - record.started
             self._metrics.in_flight.dec()
-            self._metrics.requests.labels(record.endpoint, record.ended_as()).inc()
-            if record.endpoint == "chat":
-                self._metrics.end_to_end.observe(seconds)
+            self._count(record, seconds)
             log_request(record, seconds)
+
+    def _count(self, record: RequestRecord, seconds: float) -> None:
+        outcome = record.ended_as()
+        if record.endpoint not in WATCHING:
+            self._metrics.requests.labels(record.endpoint, outcome).inc()
+        if record.endpoint == "chat" and outcome == "completed":
+            self._metrics.end_to_end.observe(seconds)
 
 
 def _request_id(scope: Scope) -> str:

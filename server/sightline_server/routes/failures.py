@@ -38,7 +38,8 @@ async def _api_error(request: Request, error: Exception) -> JSONResponse:
 
 async def _http_exception(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    where = f"{request.method} {request.url.path[:_MAX_SHOWN_PATH]}"
+    # Not request.url, which believes the Host header.
+    where = f"{request.method} {request.scope['path'][:_MAX_SHOWN_PATH]}"
     if error.status_code == 404:
         return error_response(NotFound(f"Unknown request URL: {where}. The API is under /v1."))
     if error.status_code == 405:
