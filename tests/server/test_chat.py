@@ -158,6 +158,19 @@ async def test_defaults_are_the_checkpoints() -> None:
     assert first.sampling.seed != second.sampling.seed, "drawn anew where none was given"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_stop_string_ends_the_engine_too(stream: bool) -> None:
+    engine = FakeEngine("abc" + "STOP" + "d" * 400)
+    async with http(fake_app(engine)) as client:
+        body = chat_body(stop=["STOP"], n=2, stream=stream, stream_options={"include_usage": True})
+        answer = await client.post(CHAT, json=body)
+    whole = events(answer.text)[-2] if stream else answer.json()
+    assert whole["usage"]["completion_tokens"] == 2 * len("abcSTOP"), "not what the engine sampled on the way"
+    assert whole["usage"]["prompt_tokens_details"]["cached_tokens"] == engine.cached_tokens
+    assert sorted(engine.aborted) == sorted(request.id for request in engine.requests)
+    assert "d" not in ("" if stream else whole["choices"][0]["message"]["content"])
+
+
 async def test_ignore_eos_and_the_newer_name_of_max_tokens() -> None:
     engine = FakeEngine("ab")
     async with http(fake_app(engine)) as client:
