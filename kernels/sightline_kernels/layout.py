@@ -6,7 +6,8 @@ Shape suffixes, here and in every kernel: T packed query tokens of the step, B s
 (padded), P slots a block, H query heads, G key/value heads, D head dim, V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -35,3 +36,5 @@ class PagedLayout:
     block_size: int
     row_invariant: bool = False
     """Compute every query row by arithmetic whose shape depends on its own position alone (``--deterministic``)."""
+    memo: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    """What a kernel derived from this geometry in the step's first layer, for the later ones."""

@@ -14,7 +14,7 @@ from sightline_kernels.layout import PagedLayout
 from sightline_kernels.rms_norm.reference import add_rms_norm
 from sightline_models.config import DecoderConfig, RopeConfig
 from sightline_models.kv import KvPool
-from sightline_models.layers import DecoderLayer, RmsNormWeight
+from sightline_models.layers import DecoderLayer, Linear, RmsNormWeight
 
 
 class Decoder(nn.Module):
@@ -24,7 +24,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
         self.norm = RmsNormWeight(config.hidden_size)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.build_tables()

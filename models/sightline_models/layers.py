@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sightline_kernels.layout import PagedLayout
+from sightline_kernels.linear.reference import can_pack, linear, pack
 from sightline_kernels.paged_attention.reference import paged_attention
 from sightline_kernels.rms_norm.reference import add_rms_norm
 from sightline_kernels.rotary.reference import apply_rotary
@@ -38,6 +39,28 @@ ACTIVATION_FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 """One for every name in ``config.ACTIVATIONS``."""
 
 
+# oneDNN takes about 8 us to set out, which on one row of a weight this small is more than it saves.
+_SMALL_BYTES = 2**20
+
+
+class Linear(nn.Linear):
+    """A linear layer whose weight may be packed once it is final."""
+
+    small: Tensor | None = None
+    """The weight as it was before packing, kept for single rows if it is small."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.small is not None and x.numel() == self.in_features:
+            return linear(x, self.small, self.bias)
+        return linear(x, self.weight, self.bias)
+
+    def pack(self) -> None:
+        """Replace the weight by one in the order this device multiplies fastest, where there is such an order."""
+        if can_pack(self.weight):
+            self.small = self.weight.detach() if self.weight.nbytes <= _SMALL_BYTES else None
+            self.weight = nn.Parameter(pack(self.weight), requires_grad=False)
+
+
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions; query, key and value weights are one matrix, in that order."""
 
@@ -48,8 +71,8 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.scale = config.head_dim**-0.5
         fused = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        self.qkv = nn.Linear(config.hidden_size, fused, bias=config.attention_bias)
-        self.o = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.attention_bias)
+        self.qkv = Linear(config.hidden_size, fused, bias=config.attention_bias)
+        self.o = Linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.attention_bias)
 
     def forward(
         self,
@@ -74,8 +97,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.down = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x_TW: Tensor) -> Tensor:
         projected: Tensor = self.down(silu_mul(self.gate_up(x_TW)))

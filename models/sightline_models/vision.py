@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sightline_models.config import VisionConfig
-from sightline_models.layers import ACTIVATION_FUNCTIONS
+from sightline_models.layers import ACTIVATION_FUNCTIONS, Linear
 
 
 class ClipVit(nn.Module):
@@ -20,7 +20,7 @@ class ClipVit(nn.Module):
         self.config = config
         self.depths = depths
         patch_numbers = 3 * config.patch_size**2
-        self.patch_embedding = nn.Linear(patch_numbers, config.hidden_size, bias=False)
+        self.patch_embedding = Linear(patch_numbers, config.hidden_size, bias=False)
         self.class_embedding = nn.Parameter(torch.zeros(config.hidden_size))
         self.position_embedding = nn.Parameter(torch.zeros(config.num_patches + 1, config.hidden_size))
         self.pre_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -56,11 +56,11 @@ class VisionLayer(nn.Module):
         super().__init__()
         self.num_heads = config.num_heads
         self.norm_1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out = Linear(config.hidden_size, config.hidden_size)
         self.norm_2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.fc_1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc_2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc_1 = Linear(config.hidden_size, config.intermediate_size)
+        self.fc_2 = Linear(config.intermediate_size, config.hidden_size)
         self.activation = ACTIVATION_FUNCTIONS[config.hidden_act]
 
     def forward(self, hidden_NSW: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from sightline_kernels.layout import PagedLayout
 from sightline_models.config import Normalization, VlmConfig
 from sightline_models.decoder import Decoder
 from sightline_models.kv import KvPool
+from sightline_models.layers import Linear
 from sightline_models.projector import Projector
 from sightline_models.vision import ClipVit
 
@@ -34,6 +35,12 @@ class Vlm(nn.Module):
         for name, values in (("pixel_mean_C", self.normalization.mean), ("pixel_std_C", self.normalization.std)):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32, device=device), persistent=False)
         self.decoder.build_tables()
+
+    def pack_weights(self) -> None:
+        """Reorder linear weights for this device, one at a time; call when they are final and in place."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.pack()
 
     def encode_images(self, pixels_NYXC: Tensor) -> Tensor:
         """Turn uint8 pixels of the tower's image size into decoder rows [N, num_image_tokens, D]."""

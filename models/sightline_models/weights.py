@@ -74,6 +74,7 @@ def load_vlm(
             done += entry.num_bytes
             if progress is not None:
                 progress(done / total)
+    vlm.pack_weights()
     return vlm
 
 
@@ -94,6 +95,7 @@ def random_vlm(
                 )
                 std = 1.0 if is_table else 1 / math.sqrt(parameter.shape[-1])
                 parameter.normal_(0.0, std, generator=generator)
+    vlm.pack_weights()
     return vlm
 
 

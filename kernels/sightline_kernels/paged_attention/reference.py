@@ -1,8 +1,8 @@
 """Causal attention of packed queries over the paged cache, in plain torch.
 
-Decode rows share one gather and one ``scaled_dot_product_attention``; each longer slice gets its own. Knows the
-layout's geometry. Knows nothing of requests or of who wrote the cache. Suffixes as in ``layout.py``; R is the query
-heads that share a key head (H = G * R), K the keys looked at.
+Decode rows are computed together, each longer slice by itself. Knows the layout's geometry. Knows nothing of requests
+or of who wrote the cache. Suffixes as in ``layout.py``; R is the query heads that share a key head (H = G * R), K the
+keys looked at.
 """
 
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sightline_kernels.layout import PagedLayout
+from sightline_kernels.paged_attention.in_place import RowKeys, attend_in_place, can_attend_in_place, locate_keys
 
 INVARIANT_KEYS = 256
 """Row-invariant attention pads the keys of a row to a multiple of this."""
@@ -39,18 +40,37 @@ def paged_attention(
 def _decode_rows(
     q_BHD: Tensor, k_cache_NPGD: Tensor, v_cache_NPGD: Tensor, layout: PagedLayout, scale: float
 ) -> Tensor:
-    """One query a sequence: gather every row's blocks up to the longest context, mask what lies past a row's own."""
+    """One query a sequence, all at once, with keys up to the longest context."""
     num_rows, num_heads, head_dim = q_BHD.shape
+    if can_attend_in_place(q_BHD):
+        keys: RowKeys | None = layout.memo.get("decode_keys")
+        if keys is None:
+            contexts = layout.context_lens[:num_rows]
+            keys = locate_keys(layout, range(num_rows), contexts, max(contexts), num_heads, k_cache_NPGD)
+            layout.memo["decode_keys"] = keys
+        return attend_in_place(q_BHD, k_cache_NPGD, v_cache_NPGD, keys, scale)
     num_kv_heads = k_cache_NPGD.shape[2]
-    num_blocks = -(-max(layout.context_lens[:num_rows]) // layout.block_size)
-    table_BN = layout.block_table_BN[:num_rows, :num_blocks]
-    k_BGKD = k_cache_NPGD[table_BN].flatten(1, 2).transpose(1, 2)
-    v_BGKD = v_cache_NPGD[table_BN].flatten(1, 2).transpose(1, 2)
-    keys_K = torch.arange(num_blocks * layout.block_size, device=q_BHD.device)
-    mask_B11K = (keys_K < layout.context_len_B[:num_rows, None])[:, None, None]
+    slots_BK, mask_B11K = _decode_slots(layout)
+    k_BGKD = k_cache_NPGD.flatten(0, 1)[slots_BK].transpose(1, 2)
+    v_BGKD = v_cache_NPGD.flatten(0, 1)[slots_BK].transpose(1, 2)
     q_BGRD = q_BHD.view(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
     out_BGRD = F.scaled_dot_product_attention(q_BGRD, k_BGKD, v_BGKD, attn_mask=mask_B11K, scale=scale)
     return out_BGRD.reshape(num_rows, num_heads, head_dim)
+
+
+def _decode_slots(layout: PagedLayout) -> tuple[Tensor, Tensor]:
+    """Where the decode rows' keys lie, and which of them are a row's own."""
+    if "decode_slots" not in layout.memo:
+        num_rows, block_size = layout.num_decodes, layout.block_size
+        context_B1 = layout.context_len_B[:num_rows, None]
+        positions_K = torch.arange(max(layout.context_lens[:num_rows]), device=context_B1.device)
+        # Past its context a row looks at its own last token again, masked: what others left there may be NaN.
+        seen_BK = torch.minimum(positions_K, context_B1 - 1)
+        blocks_BK = layout.block_table_BN[:num_rows].long().gather(1, seen_BK // block_size)
+        mask_B11K = (positions_K < context_B1)[:, None, None]
+        layout.memo["decode_slots"] = (blocks_BK * block_size + seen_BK % block_size, mask_B11K)
+    slots_BK, mask_B11K = layout.memo["decode_slots"]
+    return slots_BK, mask_B11K
 
 
 def _slice(
@@ -79,26 +99,58 @@ def _slice(
 
 
 def _row_by_row(q_THD: Tensor, k_cache_NPGD: Tensor, v_cache_NPGD: Tensor, layout: PagedLayout, scale: float) -> Tensor:
-    """Every query alone, its keys padded to a length that its own position alone decides."""
+    """Every query by itself, its keys padded to a length that its own position alone decides."""
+    if can_attend_in_place(q_THD):
+        return _row_by_row_in_place(q_THD, k_cache_NPGD, v_cache_NPGD, layout, scale)
     num_heads, head_dim = q_THD.shape[1:]
     num_kv_heads = k_cache_NPGD.shape[2]
     rows = []
-    token = 0
-    for sequence, (query_len, context_len) in enumerate(zip(layout.query_lens, layout.context_lens, strict=True)):
-        for num_keys in range(context_len - query_len + 1, context_len + 1):
-            padding = -num_keys % INVARIANT_KEYS
-            k_GKD = F.pad(_keys_of(k_cache_NPGD, layout, sequence, num_keys), (0, 0, 0, padding))
-            v_GKD = F.pad(_keys_of(v_cache_NPGD, layout, sequence, num_keys), (0, 0, 0, padding))
-            mask_K = torch.arange(num_keys + padding, device=q_THD.device) < num_keys
-            q_GRD = q_THD[token].view(num_kv_heads, num_heads // num_kv_heads, head_dim)
-            out_GRD = F.scaled_dot_product_attention(q_GRD, k_GKD, v_GKD, attn_mask=mask_K, scale=scale)
-            rows.append(out_GRD.reshape(num_heads, head_dim))
-            token += 1
+    for token, (sequence, num_keys) in enumerate(_rows_of(layout)):
+        padding = -num_keys % INVARIANT_KEYS
+        k_GKD = F.pad(_keys_of(k_cache_NPGD, layout, sequence, num_keys), (0, 0, 0, padding))
+        v_GKD = F.pad(_keys_of(v_cache_NPGD, layout, sequence, num_keys), (0, 0, 0, padding))
+        mask_K = torch.arange(num_keys + padding, device=q_THD.device) < num_keys
+        q_GRD = q_THD[token].view(num_kv_heads, num_heads // num_kv_heads, head_dim)
+        out_GRD = F.scaled_dot_product_attention(q_GRD, k_GKD, v_GKD, attn_mask=mask_K, scale=scale)
+        rows.append(out_GRD.reshape(num_heads, head_dim))
     return torch.stack(rows)
+
+
+def _row_by_row_in_place(
+    q_THD: Tensor, k_cache_NPGD: Tensor, v_cache_NPGD: Tensor, layout: PagedLayout, scale: float
+) -> Tensor:
+    """Rows of one padded length share calls, whose arithmetic for a row is the same whatever the others are."""
+    groups: list[tuple[list[int], RowKeys]] | None = layout.memo.get("row_keys")
+    if groups is None:
+        by_length: dict[int, list[int]] = {}
+        rows = _rows_of(layout)
+        # No context is longer than the cache, and no sparse row longer than what it picks from.
+        num_slots = k_cache_NPGD.shape[0] * k_cache_NPGD.shape[1]
+        for token, (_, num_keys) in enumerate(rows):
+            by_length.setdefault(min(num_keys + -num_keys % INVARIANT_KEYS, num_slots), []).append(token)
+        groups = []
+        for padded, tokens in by_length.items():
+            sequences, contexts = zip(*(rows[token] for token in tokens), strict=True)
+            keys = locate_keys(layout, sequences, contexts, padded, q_THD.shape[1], k_cache_NPGD)
+            groups.append((tokens, keys))
+        layout.memo["row_keys"] = groups
+    out_THD = torch.empty_like(q_THD)
+    for tokens, keys in groups:
+        out_THD[tokens] = attend_in_place(q_THD[tokens], k_cache_NPGD, v_cache_NPGD, keys, scale)
+    return out_THD
+
+
+def _rows_of(layout: PagedLayout) -> list[tuple[int, int]]:
+    """The sequence of each packed token, and how many keys it sees."""
+    return [
+        (sequence, num_keys)
+        for sequence, (query_len, context_len) in enumerate(zip(layout.query_lens, layout.context_lens, strict=True))
+        for num_keys in range(context_len - query_len + 1, context_len + 1)
+    ]
 
 
 def _keys_of(cache_NPGD: Tensor, layout: PagedLayout, sequence: int, num_keys: int) -> Tensor:
     """The first ``num_keys`` cached keys (or values) of a sequence, as [G, K, D]."""
     num_blocks = -(-num_keys // layout.block_size)
-    rows_KGD = cache_NPGD[layout.block_table_BN[sequence, :num_blocks]].flatten(0, 1)[:num_keys]
-    return rows_KGD.transpose(0, 1)
+    blocks_NPGD = cache_NPGD.index_select(0, layout.block_table_BN[sequence, :num_blocks])
+    return blocks_NPGD.flatten(0, 1)[:num_keys].transpose(0, 1)
