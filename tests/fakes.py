@@ -189,6 +189,8 @@ class FakeEngine(EngineClient):
         self.error: tuple[str, str | None] = ("server_error", None)
         self.crash: Exception | None = None
         self.cached_tokens = 3
+        self.overshoot = 0
+        """Tokens sampled between an abort and its arrival."""
         self._ready = True
         self._stats = EngineStats(blocks_total=8)
         self._info: EngineInfo | None = EngineInfo(
@@ -252,7 +254,7 @@ class FakeEngine(EngineClient):
                     yield self._finish(request, FinishReason.ERROR, sampled)
                     return
                 if request.id in self.aborted:
-                    yield self._finish(request, FinishReason.ABORTED, sampled)
+                    yield self._finish(request, FinishReason.ABORTED, sampled + self.overshoot)
                     return
                 sampled += 1
                 if token_id in request.sampling.stop_token_ids:

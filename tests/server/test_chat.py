@@ -161,6 +161,7 @@ async def test_defaults_are_the_checkpoints() -> None:
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_stop_string_ends_the_engine_too(stream: bool) -> None:
     engine = FakeEngine("abc" + "STOP" + "d" * 400)
+    engine.overshoot = 2
     async with http(fake_app(engine)) as client:
         body = chat_body(stop=["STOP"], n=2, stream=stream, stream_options={"include_usage": True})
         answer = await client.post(CHAT, json=body)

@@ -14,6 +14,7 @@ from sightline_server.chat.deltas import ChoiceText, TextDelta
 from sightline_server.engine.client import EngineClient, PixelSource
 from sightline_server.engine.types import FinishEvent, FinishReason, Request, TokenEvent, Usage
 from sightline_server.errors import ApiError, InvalidRequest, ServerFault, Unavailable
+from sightline_server.logs import frames
 from sightline_server.metrics import Timeline
 
 log = logging.getLogger(__name__)
@@ -123,8 +124,8 @@ class Generation:
                     self._put(index, event)
         except ApiError as error:
             self._put(index, error)
-        except Exception:
-            log.exception("Request %s failed between the API and the engine.", request.id)
+        except Exception as error:
+            log.error("Request %s failed between the API and the engine.\n%s", request.id, frames(error))
             self._put(index, ServerFault("The server failed on this request. Its log says more."))
         finally:
             self._running -= 1
