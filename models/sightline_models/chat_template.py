@@ -5,10 +5,12 @@ Knows Jinja, messages and text. Knows no token ids.
 Every string of a message goes into the template between two marks, digits that are drawn anew for each rendering, so
 that no user can write one. The template may strip, split, slice or compare such a string: its methods see the text
 without the marks, and what they return is marked again. White space at the ends stands outside the marks, so that
-stripping a longer string that holds a marked one works too. The template is also rendered without marks: what comes
-out with the marks taken away has to be the same.
+stripping a longer string that holds a marked one works too. A mark also breaks every control token inside such a
+string, so that none comes out whole and unmarked of a piece cut from a longer string. The template is also rendered
+without marks: what comes out with the marks taken away has to be the same.
 """
 
+import itertools
 import json
 import re
 import secrets
@@ -109,7 +111,7 @@ class ChatTemplate:
         written = [part.text for message in messages for part in message.parts if isinstance(part, TextPart)]
         limit = MAX_EXTRA_CHARACTERS + 4 * sum(map(len, written))
         plain = self._run(self._arguments(messages, str), now, limit)
-        marks = _Marks()
+        marks = _Marks(self._control_tokens)
         spans = marks.spans(self._run(self._arguments(messages, marks.wrap), now, limit * 64))
         if spans is not None and "".join(span.text for span in spans) == plain:
             return spans
@@ -205,15 +207,18 @@ def _might_hold(text: str, token: str) -> bool:
 
 
 class _Marks:
-    """The marks of one rendering."""
+    """The marks of one rendering: where a user's text opens, where it closes, and where a control token is broken."""
 
-    def __init__(self) -> None:
+    _OPEN, _CLOSE, _BREAK = "012"
+
+    def __init__(self, control_tokens: Collection[str]) -> None:
+        self._control_tokens = control_tokens
         self._secret = f"{secrets.randbelow(10**30):030}"
-        self._pattern = re.compile(self._secret + r"(\d{7})([01])")
+        self._pattern = re.compile(self._secret + r"(\d{7})([012])")
         self._margins: list[tuple[str, str]] = []
 
     def wrap(self, text: str) -> str:
-        """``text`` as a string whose characters carry a pair of marks."""
+        """``text`` as a string whose characters carry the marks."""
         if not text:
             return ""
         core = text.strip()
@@ -222,7 +227,17 @@ class _Marks:
         trail = text[len(lead) + len(core) :]
         mark = f"{self._secret}{len(self._margins):07}"
         self._margins.append((lead, trail))
-        return _UserText(text, f"{lead}{mark}0{core}{mark}1{trail}", self)
+        inside = self._break_tokens(core, mark + self._BREAK)
+        return _UserText(text, f"{lead}{mark}{self._OPEN}{inside}{mark}{self._CLOSE}{trail}", self)
+
+    def _break_tokens(self, text: str, mark: str) -> str:
+        held = [token for token in self._control_tokens if token in text]
+        if not held:
+            return text
+        # Looking ahead finds tokens that overlap, too.
+        starts = re.finditer("(?=" + "|".join(map(re.escape, held)) + ")", text)
+        cuts = [0, *(start.start() + 1 for start in starts), len(text)]
+        return mark.join(text[low:high] for low, high in itertools.pairwise(cuts))
 
     def spans(self, rendered: str) -> tuple[Span, ...] | None:
         """``rendered`` without its marks, or None where a mark has lost its partner."""
@@ -237,9 +252,9 @@ class _Marks:
         first, *rest = self._pattern.split(rendered)
         add(first, False)
         opened = None
-        for number, closes, text in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
+        for number, kind, text in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
             lead, trail = self._margins[int(number)]
-            if closes == "0" and opened is None:
+            if kind == self._OPEN and opened is None:
                 opened = number
                 if made and not made[-1].by_user:
                     before = made.pop().text
@@ -247,7 +262,9 @@ class _Marks:
                     add(before[:cut], False)
                     add(before[cut:], True)
                 add(text, True)
-            elif closes == "1" and opened == number:
+            elif kind == self._BREAK and opened is not None:
+                add(text, True)
+            elif kind == self._CLOSE and opened == number:
                 opened = None
                 cut = _common(text, trail)
                 add(text[:cut], True)

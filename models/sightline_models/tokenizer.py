@@ -67,7 +67,7 @@ class ChatTokenizer:
         self._encoder = TextEncoder(spec)
         self._tokens: TokenBytes = read_token_bytes(spec, frozenset(special))
         self._bos_token = named.get("bos_token")
-        self._before, self._after = _affixes(spec, settings, named)
+        self._before, self._after = _affixes(spec)
         self._template = ChatTemplate(template, named, self._image_token, frozenset(contents.values()))
         self.vocab_size = len(self._tokens.table)
         """One more than the highest id that has a token; a padded model may know more ids."""
@@ -197,17 +197,12 @@ def _find_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def _affixes(
-    spec: Mapping[str, Any], settings: Mapping[str, Any], named: Mapping[str, str]
-) -> tuple[list[int], list[int]]:
-    """Ids that are set before and after every text, such as the beginning-of-sequence token."""
-    if "add_bos_token" in settings or "add_eos_token" in settings:
-        ids = {token["content"]: token["id"] for token in spec["added_tokens"]}
-        bos, eos = (
-            [ids[named[name]]] if settings.get(f"add_{name}") and named.get(name) in ids else []
-            for name in ("bos_token", "eos_token")
-        )
-        return bos, eos
+def _affixes(spec: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    """Ids that the post-processor sets before and after every text, such as the beginning-of-sequence token.
+
+    ``add_bos_token`` and ``add_eos_token`` of tokenizer_config.json count for nothing beside a tokenizer.json, in
+    transformers as here.
+    """
     encoding = make_tokenizer(spec).encode("a", add_special_tokens=True)
     text = [index for index, special in enumerate(encoding.special_tokens_mask) if not special]
     if not text:
