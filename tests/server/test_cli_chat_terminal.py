@@ -98,13 +98,13 @@ def terminal(stub, picture, tmp_path):
 
 
 def test_a_whole_conversation(stub, terminal, tmp_path):
-    stub.replies = [reply("Red."), reply("Still ", "\x1b[31mred."), (400, {"error": {"message": "Too long."}})]
+    stub.replies = [[0.5, *reply("Red.")], reply("Still ", "\x1b[31mred."), (400, {"error": {"message": "Too long."}})]
     terminal.type("/image red.png\n")
     terminal.expect(r"attached red.png")
     terminal.expect(r"\[1 picture\] > ")
     terminal.type("What colour?\n")
     terminal.expect(r"Red\.\r\n")
-    terminal.expect(r"2 tokens .* 0 of 40 prompt tokens cached")
+    terminal.expect(r"2 tokens · first word after 0\.[5-9]\d s · 0 of 40 prompt tokens cached")
     terminal.expect(r"> ")
     terminal.type("/system Be kind.\nAnd now?\n")
     shown = terminal.expect(r"red\.\r\n")

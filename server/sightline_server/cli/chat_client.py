@@ -5,6 +5,7 @@ sentence says what to do. Whatever a server sends is cleaned of control characte
 """
 
 import json
+import ssl
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,9 @@ from sightline_server.cli.terminal import clean, one_line, own_command
 CONNECT_TIMEOUT_S = 5.0
 SILENCE_TIMEOUT_S = 600.0
 """A long prompt on a slow CPU is silent for minutes before its first token."""
+
+MIN_RATED_TOKENS = 5
+"""A rate over fewer tokens says nothing."""
 
 Message = dict[str, Any]
 
@@ -49,11 +53,12 @@ def full_url(text: str) -> str:
 class AnswerStream:
     """One answer while it arrives: iterate for its text, then read how it ended."""
 
-    def __init__(self, chunks: Iterator[bytes]) -> None:
+    def __init__(self, chunks: Iterator[bytes], began: float) -> None:
+        """``began`` is when the question was sent, by ``time.monotonic``."""
         self._chunks = chunks
-        self._began = time.monotonic()
+        self._began = began
         self._first: float | None = None
-        self._last = self._began
+        self._last = began
         self.finish_reason: str | None = None
         self.prompt_tokens = 0
         self.cached_tokens = 0
@@ -99,7 +104,7 @@ class AnswerStream:
     @property
     def tokens_per_s(self) -> float | None:
         """Tokens a second after the first text, or None when there were too few to tell."""
-        if self._first is None or self.completion_tokens < 2 or self._last <= self._first:
+        if self._first is None or self.completion_tokens < MIN_RATED_TOKENS or self._last <= self._first:
             return None
         return (self.completion_tokens - 1) / (self._last - self._first)
 
@@ -111,12 +116,14 @@ class ChatClient:
         """``url`` is the API's base address, with or without ``/v1``. Raises ChatError when it is no address."""
         self.url = full_url(url)
         self._has_key = bool(api_key)
-        host = urlsplit(self.url).hostname or ""
+        # A proxy set for the web can't reach a server in a private network, and needn't see what is sent to one; so
+        # nothing comes from the environment but where certificates lie.
+        secure = self.url.startswith("https:")
         self._http = httpx.Client(
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=httpx.Timeout(SILENCE_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
-            # A proxy set for the web can't reach a server on this machine, and needn't see what is sent to it.
-            trust_env=host not in _LOOPBACK,
+            trust_env=False,
+            verify=ssl.create_default_context() if secure else True,
         )
 
     def __enter__(self) -> "ChatClient":
@@ -146,9 +153,10 @@ class ChatClient:
         is iterated inside the context.
         """
         body = {**options, "messages": messages, "stream": True, "stream_options": {"include_usage": True}}
+        began = time.monotonic()
         with self._exchange(), self._http.stream("POST", f"{self.url}/chat/completions", json=body) as response:
             self._check(response)
-            yield AnswerStream(response.iter_bytes())
+            yield AnswerStream(response.iter_bytes(), began)
 
     @contextmanager
     def _exchange(self) -> Iterator[None]:
@@ -165,8 +173,10 @@ class ChatClient:
 
     def _unreachable(self, error: Exception) -> str:
         parts = urlsplit(self.url)
+        reason = one_line(str(error)) or "no connection in time"
+        if "SSL" in reason:
+            return f"No secure connection to {self.url} ({reason}). `sightline serve` itself speaks http:// only."
         if parts.hostname not in _LOOPBACK:
-            reason = one_line(str(error)) or "no connection in time"
             return (
                 f"No server can be reached at {self.url} ({reason}). Is it running there, and was it started with "
                 "`sightline serve --host 0.0.0.0`, so that other machines may connect?"
@@ -195,7 +205,7 @@ class ChatClient:
             raise ChatError(f"There is no chat API at {self.url}. Does --url lack /v1?")
         sentence = _error_sentence(body, f"The server answered with HTTP status {status} and no reason.")
         retry_after = response.headers.get("retry-after", "")
-        if status in (429, 503) and retry_after.isdecimal():
+        if status in (429, 503) and retry_after.isdecimal() and "try again" not in sentence.lower():
             sentence += f" Try again in {retry_after} s."
         raise ChatError(sentence)
 

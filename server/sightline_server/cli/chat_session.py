@@ -154,7 +154,8 @@ class ChatSession:
         except OSError as error:
             self._say(f"{shown} can't be written: {error.strerror}.", style="red")
         else:
-            self._say(f"Saved {len(self._conversation)} turns to {shown}.", style="dim")
+            turns = len(self._conversation)
+            self._say(f"Saved {turns} turn{'s' if turns != 1 else ''} to {shown}.", style="dim")
 
     def _help(self, _: str) -> None:
         table = Table.grid(padding=(0, 2))
