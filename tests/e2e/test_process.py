@@ -1,6 +1,7 @@
 """The server as its operator meets it: starting, dying, being stopped. True processes, the true demo model."""
 
 import base64
+import contextlib
 import json
 import os
 import re
@@ -64,7 +65,11 @@ class Stream(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        with httpx.stream("POST", self._url, json=self._body, timeout=120) as response:
+        # A test that ends the server at once sees the connection break; what is missing then is missing in ``data``.
+        with (
+            contextlib.suppress(httpx.RemoteProtocolError, httpx.ReadError),
+            httpx.stream("POST", self._url, json=self._body, timeout=120) as response,
+        ):
             assert response.status_code == 200, response.read()
             for line in response.iter_lines():
                 if line.startswith("data: "):
@@ -77,7 +82,7 @@ class Stream(threading.Thread):
         return self
 
     def wait_ended(self) -> list[str]:
-        self.join(60)
+        self.join(100)
         assert not self.is_alive(), "the stream never ended"
         return self.data
 
@@ -235,10 +240,10 @@ def test_nothing_outlives_a_killed_server(start_server: StartServer, two_objects
 
 
 def test_sigterm_lets_running_requests_finish(start_server: StartServer) -> None:
-    server = start_server()
+    server = start_server("--drain-timeout-s", "90")
     server.wait_for("/ready", 200)
     children = psutil.Process(server.process.pid).children(recursive=True)
-    stream = Stream(server, endless(max_tokens=600)).wait_begun()
+    stream = Stream(server, endless(max_tokens=300)).wait_begun()
     # Every process gets it, as from a service manager.
     os.killpg(server.process.pid, signal.SIGTERM)
     server.wait_for("/ready", 503, timeout_s=10)
@@ -299,7 +304,7 @@ def test_a_second_signal_ends_the_server_at_once(start_server: StartServer) -> N
     assert server.process.wait(20) == 128 + signal.SIGINT
     assert time.monotonic() - began < 5
     assert gone(children)
-    del stream
+    assert "[DONE]" not in stream.wait_ended()
 
 
 def test_nothing_is_left_in_the_temporary_folder(start_server: StartServer, tmp_path: Path) -> None:
@@ -307,12 +312,17 @@ def test_nothing_is_left_in_the_temporary_folder(start_server: StartServer, tmp_
     scratch.mkdir()
     server = start_server("--random", "tiny", TMPDIR=str(scratch))
     server.wait_until_told_ready()
-    (folder,) = scratch.iterdir()
+    deadline = time.monotonic() + 10
+    while len(folders := list(scratch.glob("sightline-*"))) > 1:
+        assert time.monotonic() < deadline, folders
+        time.sleep(0.05)
+    (folder,) = folders
     assert folder.name.startswith("sightline-random-")
     assert folder.stat().st_mode & 0o777 == 0o700
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(20) == 0
-    assert not list(scratch.iterdir())
+    # Torch keeps an empty cache folder of its own there.
+    assert [path.name for path in scratch.iterdir() if not path.name.startswith("torchinductor")] == []
 
 
 def failing(*arguments: str, cwd: Path) -> tuple[int, str]:

@@ -397,7 +397,7 @@ def test_waits_between_restarts_grow_and_are_bounded() -> None:
 
 def test_the_engine_dies_with_a_killed_parent(tmp_path: Path) -> None:
     script = """
-        import asyncio, pathlib, sys
+        import asyncio, os, pathlib, sys
         from sightline_server.engine.client import EngineProcess
         from sightline_server.settings import Settings
 
@@ -405,6 +405,8 @@ def test_the_engine_dies_with_a_killed_parent(tmp_path: Path) -> None:
             engine = EngineProcess(pathlib.Path("/"), Settings(), factory="worker_engines:counting")
             await engine.start()
             await engine.wait_ready()
+            while os.listdir(os.environ["TMPDIR"]):
+                await asyncio.sleep(0.05)
             print(engine.pid, "torch" in sys.modules, flush=True)
             await asyncio.sleep(3600)
 

@@ -118,10 +118,10 @@ class ReadyServer:
         key = f'os.environ["{KEY_VARIABLE}"]' if self.needs_key else '"none"'
         return textwrap.dedent(
             f"""\
-            import base64{", os" if self.needs_key else ""}
+            import base64, {"os, " if self.needs_key else ""}pathlib
             from openai import OpenAI
 
-            picture = base64.b64encode(open("picture.png", "rb").read()).decode()
+            picture = base64.b64encode(pathlib.Path("picture.png").read_bytes()).decode()
             client = OpenAI(base_url={json.dumps(self.url)}, api_key={key})
             stream = client.chat.completions.create(
                 model={json.dumps(self.name)},

@@ -49,8 +49,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         group = groups.get(row.section) or groups.setdefault(row.section, parser.add_argument_group(row.section))
         text = row.help.replace("%", "%%")
         if row.name == "model":
-            group.add_argument("model", nargs="?", metavar="MODEL_DIR", help=text)
-        elif row.kind is bool:
+            group.add_argument("model", nargs="?", metavar="MODEL_DIR", help="The same as --model.")
+        if row.kind is bool:
             negative = "--no-" + row.flag.removeprefix("--")
             default = row.flag if row.default else negative
             group.add_argument(

@@ -54,7 +54,7 @@ class ChildProcess:
         self._context = context
         self._commands = commands
         self._reports = reports
-        self._folder = folder
+        self._folder: Path | None = folder
         self._on_report = on_report
         self._patience = patience
         self._step_limit_s = patience.cpu_step_s
@@ -77,7 +77,6 @@ class ChildProcess:
             commands, reports = context.socket(zmq.PUSH), context.socket(zmq.PULL)
             # What is under way to the engine is bounded by the requests in flight: sending must never block the loop.
             commands.set_hwm(0)
-            commands.bind(f"ipc://{folder}/commands")
             reports.bind(f"ipc://{folder}/reports")
             arguments = ["--commands", f"ipc://{folder}/commands", "--reports", f"ipc://{folder}/reports"]
             arguments += ["--parent", str(os.getpid())]
@@ -113,7 +112,9 @@ class ChildProcess:
             self._process.kill()
 
     async def stop(self, grace_s: float) -> None:
-        """Asks the process to exit and kills it when it hasn't after ``grace_s``."""
+        """Asks the process to exit and kills it when it hasn't after ``grace_s``; one that is loading is killed."""
+        if not self._loaded:
+            self.kill()
         self.send(wire.Stop())
         try:
             async with asyncio.timeout(grace_s):
@@ -157,15 +158,21 @@ class ChildProcess:
 
     def _note(self, report: wire.Report) -> None:
         match report:
+            case wire.Hello():
+                # The side that connects may send at once. One that binds loses what it sends before its peer is
+                # there, and a Hello that came over the other socket doesn't say that it is.
+                self._commands.connect(f"ipc://{self._folder}/commands")
             case wire.Ready(info):
                 self._loaded = True
                 on_gpu = info.device.startswith("cuda")
                 self._step_limit_s = self._patience.gpu_step_s if on_gpu else self._patience.cpu_step_s
-                # Both of its connections stand by now: nobody else can connect, and nothing is left to clean up.
-                shutil.rmtree(self._folder, ignore_errors=True)
-            case wire.Heartbeat(step_seconds) if step_seconds > self._step_limit_s:
-                log.error("The engine has been in one step for %.0f s; its process is killed.", step_seconds)
-                self.kill()
+            case wire.Heartbeat(step_seconds):
+                if self._loaded:
+                    # All connections stand: nobody else can make one any more, and nothing is left to clean up.
+                    self._remove_folder()
+                if step_seconds > self._step_limit_s:
+                    log.error("The engine has been in one step for %.0f s; its process is killed.", step_seconds)
+                    self.kill()
 
     async def _watch(self) -> None:
         """Kills a loaded process that says nothing.
@@ -188,7 +195,13 @@ class ChildProcess:
         self._watchdog.cancel()
         asyncio.get_running_loop().remove_reader(self._reports.fileno())
         self._context.destroy(linger=0)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._remove_folder()
+
+    def _remove_folder(self) -> None:
+        # Once only: the name may be somebody else's by the next time.
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
 
 
 def _signal_name(number: int) -> str:

@@ -36,7 +36,7 @@ PixelSource = Callable[[bytes], Awaitable[wire.Pixels]]
 
 OVERLOADED_RETRY_S = 2.0
 LONGEST_RETRY_S = 60.0
-STOP_GRACE_S = 5.0
+STOP_GRACE_S = 3.0
 
 
 class EngineStartError(RuntimeError):

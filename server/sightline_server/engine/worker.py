@@ -198,8 +198,8 @@ def serve(loop: EngineLoop, factory_path: str) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Started by 'sightline serve'; not meant to be run by hand.")
-    parser.add_argument("--commands", required=True, help="ZeroMQ endpoint that gives this process its commands.")
-    parser.add_argument("--reports", required=True, help="ZeroMQ endpoint that takes this process's reports.")
+    parser.add_argument("--commands", required=True, help="ZeroMQ endpoint where this process takes commands.")
+    parser.add_argument("--reports", required=True, help="ZeroMQ endpoint that takes its reports.")
     parser.add_argument("--parent", type=int, required=True, help="Process that this one must not outlive.")
     parser.add_argument("--factory", default=DEFAULT_FACTORY, help="module:function that makes the engine.")
     arguments = parser.parse_args()
@@ -214,7 +214,7 @@ def main() -> int:
     context = zmq.Context[zmq.Socket[bytes]]()
     commands = context.socket(zmq.PULL)
     commands.set_hwm(0)
-    commands.connect(arguments.commands)
+    commands.bind(arguments.commands)
     reports = context.socket(zmq.PUSH)
     reports.connect(arguments.reports)
     heart = Heart(context, arguments.reports, arguments.parent)
