@@ -36,7 +36,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "--url", help="the API's address (default: http://127.0.0.1:8000/v1, or what SIGHTLINE_HOST and _PORT say)"
     )
-    parser.add_argument("--api-key", metavar="KEY", help="the key that the server wants, if any")
+    parser.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help="the key that the server wants, if any (default without --url: SIGHTLINE_API_KEY)",
+    )
     parser.add_argument("--model", metavar="NAME", help="model to ask (default: the first that the server lists)")
     parser.add_argument("--system", default="", metavar="TEXT", help="system message")
     parser.add_argument("--temperature", type=float, metavar="T", help="0 always takes the likeliest token")
