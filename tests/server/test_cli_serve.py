@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -174,6 +175,19 @@ def test_listening_twice_on_a_port_is_refused_and_any_free_one_is_found() -> Non
 def test_an_address_of_another_machine_is_refused() -> None:
     with pytest.raises(ServeError, match=r"^--host '192\.0\.2\.1' is no address of this machine\."):
         listen("192.0.2.1", 0)
+
+
+def test_a_low_limit_of_open_files_is_raised_to_what_is_allowed() -> None:
+    script = """
+        import resource
+        from sightline_server.cli.lifetime import allow_many_connections
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, 300))
+        allow_many_connections()
+        print(resource.getrlimit(resource.RLIMIT_NOFILE))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "(300, 300)\n", done.stderr
 
 
 def ready_server(**changes: Any) -> ReadyServer:

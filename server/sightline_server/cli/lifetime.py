@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import uvicorn
 log = logging.getLogger(__name__)
 
 BACKLOG = 2048
+OPEN_FILES = 65536
 UNSENT_ANSWERS_S = 5
 """How long clients get to take what is left of their answers once the engine is closed."""
 
@@ -55,6 +57,14 @@ def _why_not(host: str, port: int, error: OSError) -> str:
         case errno.EADDRNOTAVAIL:
             return f"--host {host!r} is no address of this machine. Try 127.0.0.1 or 0.0.0.0."
     return f"The server can't listen on {host} port {port}: {error.strerror}."
+
+
+def allow_many_connections() -> None:
+    """Raises this process's limit of open files, often 1024, towards what the system allows it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class StopSignals:

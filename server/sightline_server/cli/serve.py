@@ -24,7 +24,7 @@ from sightline_server.auth import read_keys
 from sightline_server.chat.decode_pool import DecodePool
 from sightline_server.chat.model import ServedModel
 from sightline_server.cli.announce import LoadingProgress, ReadyServer
-from sightline_server.cli.lifetime import HttpServer, ServeError, StopSignals, first_of, listen
+from sightline_server.cli.lifetime import HttpServer, ServeError, StopSignals, allow_many_connections, first_of, listen
 from sightline_server.cli.terminal import complain
 from sightline_server.engine.client import EngineProcess, EngineStartError
 from sightline_server.settings import Settings, SettingsError
@@ -114,6 +114,7 @@ async def _serve(settings: Settings, folder: Path, kept: contextlib.ExitStack) -
     keys = read_keys(settings)
     model = ServedModel.load(folder, settings)
     listener = listen(settings.host, settings.port)
+    allow_many_connections()
     progress = LoadingProgress()
     engine = EngineProcess(folder, settings, on_progress=progress)
     images = DecodePool(
