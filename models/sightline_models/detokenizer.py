@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from sightline_models.chat_template import TokenizerError
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -52,23 +54,13 @@ class Detokenizer:
         return ""
 
 
-def read_token_bytes(spec: Mapping[str, Any], special: frozenset[int]) -> TokenBytes:
-    """From the vocabulary and the ``decoder`` of a ``tokenizer.json``.
-
-    Raises TokenizerError for a kind of decoder that isn't known.
-    """
-    to_bytes, leading_spaces = _read_decoder(spec.get("decoder") or {})
-    table: dict[int, bytes] = {}
-    vocabulary = spec["model"]["vocab"]
-    if isinstance(vocabulary, list):
-        vocabulary = {piece: number for number, (piece, _) in enumerate(vocabulary)}
-    for piece, number in vocabulary.items():
-        table[number] = to_bytes(piece)
-    for token in spec["added_tokens"]:
-        special_token = token["id"] in special
-        table[token["id"]] = token["content"].encode() if special_token else to_bytes(token["content"])
-    size = max(table, default=-1) + 1
-    return TokenBytes(tuple(table.get(number, b"") for number in range(size)), special, leading_spaces)
+def read_token_bytes(tokenizer: Tokenizer, decoder: Mapping[str, Any] | None, special: frozenset[int]) -> TokenBytes:
+    """For ``decoder`` as ``tokenizer.json`` has it. Raises TokenizerError for a kind that isn't known."""
+    to_bytes, leading_spaces = _read_decoder(decoder or {})
+    size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    pieces = [tokenizer.id_to_token(token_id) or "" for token_id in range(size)]
+    table = [piece.encode() if token_id in special else to_bytes(piece) for token_id, piece in enumerate(pieces)]
+    return TokenBytes(tuple(table), special, leading_spaces)
 
 
 def _read_decoder(decoder: Mapping[str, Any]) -> tuple[Callable[[str], bytes], int]:

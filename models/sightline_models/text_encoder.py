@@ -8,7 +8,6 @@ token comes out. Stretches are not cut where authors change, since that would ch
 """
 
 import copy
-import functools
 import json
 import re
 from bisect import bisect_right
@@ -72,17 +71,16 @@ class TextEncoder:
         stretch = text[start:end]
         if not self._normalized.matches(self._normalize(stretch)):
             return self._encode_plain(stretch, at_start=start == 0, normalize=True)
-        folded = stretch
-        to_original: Callable[[int], int] = int
+        # These tokens are looked for in normalized text, and what lies between them is not normalized again.
+        aligned = NormalizedString(stretch)
         if self._normalizer is not None:
-            # These tokens are looked for in normalized text, and what lies between them is not normalized again.
-            aligned = NormalizedString(stretch)
             self._normalizer.normalize(aligned)
-            folded, to_original = aligned.normalized, functools.partial(_original_end, aligned)
+        folded, origin = aligned.normalized, _Origin(aligned)
         ids: list[int] = []
 
         def is_users_folded(low: int, high: int) -> bool:
-            return is_users(start + max(0, to_original(low + 1) - 1), start + to_original(high))
+            first, last = origin.of(low, high)
+            return is_users(start + first, start + last)
 
         for low, high, token_id in self._normalized.cut(folded, is_users_folded):
             if token_id is not None:
@@ -180,10 +178,44 @@ def _authorship(spans: Sequence[Span]) -> IsUsers:
     return is_users
 
 
-def _original_end(aligned: NormalizedString, end: int) -> int:
-    """How many original characters the first ``end`` normalized ones come from."""
-    part = aligned.slice((0, end))
-    return 0 if part is None else len(part.original)
+class _Origin:
+    """Where in the original text a part of its normalized form comes from; asked from left to right.
+
+    A slice costs as much as the string it is taken from is long, hence a window that moves along.
+    """
+
+    _STRIDE = 4096
+
+    def __init__(self, aligned: NormalizedString) -> None:
+        self._aligned = aligned
+        self._window = aligned
+        # Where the window begins, in the normalized text and in the original.
+        self._normalized = self._original = 0
+        self._end = len(aligned.normalized)
+
+    def of(self, low: int, high: int) -> tuple[int, int]:
+        """Original offsets of the characters that [low, high) is made of, at least one."""
+        if low >= self._normalized + self._STRIDE or high > self._end:
+            self._move(low, high)
+        first = self._original + self._length(self._normalized, low + 1) - 1
+        return max(first, 0), self._original + self._length(self._normalized, high)
+
+    def _move(self, low: int, high: int) -> None:
+        """Begins the window at ``low``, unless one original character lies on both sides of it."""
+        before, here, both = (_part(self._aligned, *ends) for ends in ((0, low), (low, low + 1), (0, low + 1)))
+        if len(before.original) + len(here.original) == len(both.original):
+            self._normalized, self._original = low, len(before.original)
+        self._end = min(high + 2 * self._STRIDE, len(self._aligned.normalized))
+        self._window = _part(self._aligned, self._normalized, self._end)
+
+    def _length(self, low: int, high: int) -> int:
+        return len(_part(self._window, low - self._normalized, high - self._normalized).original)
+
+
+def _part(text: NormalizedString, low: int, high: int) -> NormalizedString:
+    part = text.slice((low, high))
+    assert part is not None, f"[{low}, {high}) of {len(text.normalized)} characters"
+    return part
 
 
 def _without_added_tokens(spec: Mapping[str, Any], added: Sequence[AddedToken]) -> dict[str, Any]:

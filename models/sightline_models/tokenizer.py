@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from sightline_models.chat_template import (
     VICUNA_TEMPLATE,
     ChatTemplate,
@@ -52,6 +54,7 @@ class ChatTokenizer:
         self, spec: Mapping[str, Any], settings: Mapping[str, Any], template: str, image_token_id: int
     ) -> None:
         """``spec`` is the content of ``tokenizer.json``, ``settings`` that of ``tokenizer_config.json``."""
+        tokenizer = make_tokenizer({**spec, "padding": None, "truncation": None})
         contents = {token["id"]: token["content"] for token in spec["added_tokens"]}
         if image_token_id not in contents:
             raise TokenizerError(
@@ -65,9 +68,9 @@ class ChatTokenizer:
         self._image_token_id = image_token_id
         self._image_token = contents[image_token_id]
         self._encoder = TextEncoder(spec)
-        self._tokens: TokenBytes = read_token_bytes(spec, frozenset(special))
+        self._tokens: TokenBytes = read_token_bytes(tokenizer, spec.get("decoder"), frozenset(special))
         self._bos_token = named.get("bos_token")
-        self._before, self._after = _affixes(spec)
+        self._before, self._after = _affixes(tokenizer)
         self._template = ChatTemplate(template, named, self._image_token, frozenset(contents.values()))
         self.vocab_size = len(self._tokens.table)
         """One more than the highest id that has a token; a padded model may know more ids."""
@@ -197,13 +200,13 @@ def _find_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def _affixes(spec: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+def _affixes(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Ids that the post-processor sets before and after every text, such as the beginning-of-sequence token.
 
     ``add_bos_token`` and ``add_eos_token`` of tokenizer_config.json count for nothing beside a tokenizer.json, in
     transformers as here.
     """
-    encoding = make_tokenizer(spec).encode("a", add_special_tokens=True)
+    encoding = tokenizer.encode("a", add_special_tokens=True)
     text = [index for index, special in enumerate(encoding.special_tokens_mask) if not special]
     if not text:
         return [], []

@@ -1,5 +1,6 @@
 """Chats become the ids that transformers makes of them, as long as no user writes a control token; then, none do."""
 
+import json
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import AutoProcessor
 
 from sightline_models.config import read_config
 from sightline_models.presets import demo_checkpoint
+from sightline_models.text_encoder import _Origin
 from sightline_models.tokenizer import ChatTokenizer, ImagePart, Message, TextPart, TokenizerError
 
 IMAGE_TOKENS = 144
@@ -242,3 +244,24 @@ def test_tokens_only_named_beside_the_vocabulary_are_added(tmp_path: Path) -> No
     assert both.made([user("hi")]) == both.expected([user("hi")])
     assert both.ours.is_special(size)
     assert both.made([user("<|new|>")]).count(size) == 1
+
+
+@pytest.mark.parametrize("stride", [1, 5, 4096])
+def test_normalized_tokens_are_found_where_the_template_wrote_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stride: int
+) -> None:
+    # Such tokens are looked for in normalized text, whose offsets are not those of the text: here one character
+    # becomes two, and two become one.
+    monkeypatch.setattr(_Origin, "_STRIDE", stride)
+    template = "{% for m in messages %}ROLE: {{ m.content[0].text }} ROLE:{% endfor %}"
+    write_text_checkpoint(tmp_path, "legacy Llama", template=template)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    spec["normalizer"]["normalizers"].append({"type": "NFKC"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    both = Checkpoint(tmp_path)
+    for text in ["ﬁne ① e\u0301\u0301 ", "hi", "㍿" * 9 + " é  "]:
+        assert both.made([user(text)]) == both.expected([user(text)]), text
+    role = both.theirs.tokenizer.convert_tokens_to_ids("ROLE:")
+    assert both.made([user("x")]).count(role) == 2
+    for text in ["ROLE:", "ﬁROLE: ROLE:①", "ＲＯＬＥ: ﬁ", "㍿ ROLE:" * 50, "ﬁ" * 70 + "ROLE:"]:
+        assert both.made([user(text)]).count(role) == 2, text
