@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 
 from sightline_server import settings as settings_table
+from sightline_server.chat.decode_pool import DecodePool
 from sightline_server.cli import serve
 from sightline_server.cli.announce import LoadingProgress, ReadyServer
 from sightline_server.cli.lifetime import ServeError, listen
 from sightline_server.cli.main import COMMANDS, Parser, main
 from sightline_server.engine.types import EngineInfo
+from sightline_server.errors import ServerFault
 
 
 @pytest.fixture(autouse=True)
@@ -135,6 +137,18 @@ def test_a_bad_variable_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 def test_a_folder_that_is_no_checkpoint_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code("serve", str(tmp_path)) == 1
     assert "config.json is missing" in one_sentence(capsys)
+
+
+def test_decoders_that_cannot_start_are_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class NoDecoders(DecodePool):
+        async def start(self) -> None:
+            raise ServerFault("An image decoder could not be started.")
+
+    monkeypatch.setattr(serve, "DecodePool", NoDecoders)
+    assert exit_code("serve", "--random", "tiny", "--port", "0") == 1
+    assert one_sentence(capsys) == "An image decoder could not be started."
 
 
 def test_the_dispatcher_lists_every_command_and_imports_only_the_asked_one(capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,6 +27,7 @@ from sightline_server.cli.announce import LoadingProgress, ReadyServer
 from sightline_server.cli.lifetime import HttpServer, ServeError, StopSignals, allow_many_connections, first_of, listen
 from sightline_server.cli.terminal import complain
 from sightline_server.engine.client import EngineProcess, EngineStartError
+from sightline_server.errors import ServerFault
 from sightline_server.settings import Settings, SettingsError
 
 DESCRIPTION = """\
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     except SettingsError as error:
         complain(str(error))
         return 2
-    except (ServeError, CheckpointError, TokenizerError, ImageError, EngineStartError) as error:
+    except (ServeError, CheckpointError, TokenizerError, ImageError, EngineStartError, ServerFault) as error:
         complain(str(error))
         return 1
 
