@@ -32,6 +32,7 @@ _PREFIXES = (
     ("multi_modal_projector.", "projector."),
 )
 
+_FLOATING = ("BF16", "F16", "F32", "F64")
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 
@@ -71,6 +72,12 @@ def load_vlm(
         files = {file: stack.enter_context(safe_open(file, "pt")) for file in {entry.file for entry, _ in plan}}
         for entry, slot in plan:
             slot.target.copy_(files[entry.file].get_tensor(entry.name).view(slot.target.shape))
+            if not slot.target.isfinite().all():
+                kind = str(dtype).removeprefix("torch.")
+                raise CheckpointError(
+                    f"{entry.file}: {entry.name} holds numbers that are not finite in {kind}; "
+                    "choose a wider --dtype, or download the file again"
+                )
             done += entry.num_bytes
             if progress is not None:
                 progress(done / total)
@@ -131,6 +138,8 @@ def _match(
             filled[name] = entry
             if entry.shape != slots[name].shape:
                 problems.append(f"{entry.name} has shape {list(entry.shape)} instead of {list(slots[name].shape)}")
+            if entry.dtype not in _FLOATING:
+                problems.append(f"{entry.name} has dtype {entry.dtype} instead of one of {', '.join(_FLOATING)}")
             plan.append((entry, slots[name]))
     problems += [f"{name} is missing" for name in slots if name not in filled]
     if problems:
