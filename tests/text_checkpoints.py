@@ -26,7 +26,7 @@ MORE_TOKENS = [
     AddedToken("ROLE:", special=False, normalized=True),
     AddedToken("zyx", special=False, normalized=False, single_word=True),
 ]
-KINDS = ("byte level", "byte level with prefix space", "legacy Llama", "Llama", "Llama, always prefixed")
+KINDS = ("byte level", "byte level with prefix space", "legacy Llama", "Llama", "Llama, always prefixed", "Unigram")
 
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | upper + ': ' }}"
@@ -47,6 +47,15 @@ def tokenizer_json(kind: str) -> str:
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(
             vocab_size=500, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+        )
+        tokenizer.train_from_iterator(SENTENCES, trainer)
+        return _with_bos(tokenizer)
+    if kind == "Unigram":
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first")
+        tokenizer.decoder = decoders.Metaspace("▁", prepend_scheme="first")
+        trainer = trainers.UnigramTrainer(
+            vocab_size=150, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False
         )
         tokenizer.train_from_iterator(SENTENCES, trainer)
         return _with_bos(tokenizer)

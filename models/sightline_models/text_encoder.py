@@ -10,6 +10,7 @@ token comes out. Stretches are not cut where authors change, since that would ch
 import copy
 import json
 import re
+import secrets
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -18,6 +19,8 @@ from typing import Any
 from tokenizers import NormalizedString, Tokenizer
 
 from sightline_models.chat_template import Span, TokenizerError
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 IsUsers = Callable[[int, int], bool]
 """Whether any character between two offsets was written by the user."""
@@ -55,9 +58,14 @@ class TextEncoder:
         self._normalized = _Matcher((self._normalize(token.content), token) for token in added if token.normalized)
 
     def encode(self, spans: Iterable[Span]) -> list[int]:
-        """The ids of the text that ``spans`` make together, without anything a post-processor would add."""
+        """The ids of the text that ``spans`` make together, without anything a post-processor would add.
+
+        Raises TokenizerError for text that is no valid Unicode.
+        """
         spans = tuple(spans)
         text = "".join(span.text for span in spans)
+        if _SURROGATE.search(text):
+            raise TokenizerError("The text holds half of a surrogate pair, which is no character. Send valid Unicode.")
         is_users = _authorship(spans)
         ids: list[int] = []
         for start, end, token_id in self._literal.cut(text, is_users):
@@ -226,9 +234,9 @@ def _without_added_tokens(spec: Mapping[str, Any], added: Sequence[AddedToken]) 
     gone = {token.id for token in added}
     vocabulary = model["vocab"]
     if isinstance(vocabulary, list):
-        # Unigram: an id is a place in the list, so the entry stays, under a name that no text holds.
+        # Unigram: an id is a place in the list, so the entry stays, under a name that nobody can guess.
         model["vocab"] = [
-            [_unwritable(number), score] if number in gone else [piece, score]
+            [_unwritable(), score] if number in gone else [piece, score]
             for number, (piece, score) in enumerate(vocabulary)
         ]
         return plain
@@ -237,7 +245,7 @@ def _without_added_tokens(spec: Mapping[str, Any], added: Sequence[AddedToken]) 
     model["vocab"] = {piece: number for piece, number in vocabulary.items() if piece not in removed}
     if unknown in removed:
         # Characters that the vocabulary lacks still become the unknown token; its name in a text doesn't.
-        model["unk_token"] = _unwritable(vocabulary[unknown])
+        model["unk_token"] = _unwritable()
         model["vocab"][model["unk_token"]] = vocabulary[unknown]
     if removed and "merges" in model:
         model["merges"] = [merge for merge in model["merges"] if not _mentions(merge, removed)]
@@ -249,9 +257,8 @@ def _mentions(merge: str | Sequence[str], removed: set[str]) -> bool:
     return left in removed or right in removed or left + right in removed
 
 
-def _unwritable(number: int) -> str:
-    # A non-character of Unicode between two more: no valid text holds it.
-    return f"\uffff{number}\ufffe"
+def _unwritable() -> str:
+    return f"\uffff{secrets.token_hex(16)}\uffff"
 
 
 def _without_first_piece_rule(pre_tokenizer: Any) -> Any:

@@ -38,6 +38,7 @@ def refused(url: str, max_bytes: int = LIMIT) -> ImageError:
         f"  data:image/png;base64,{B64}",
         f"data:image/png;base64, {B64[:20]} {B64[20:40]}\r\n\t{B64[40:]}\n",
         f"data:image/png;base64,{B64.replace('+', '%2B').replace('/', '%2F').replace('=', '%3D')}",
+        f"data:image/png;base64,{B64.replace('+', '%2b').replace('/', '%2f').replace('=', '%3d%0D%0a')}%20",
         f"data:image/png,{quote_from_bytes(DATA)}",
         f"data:,{quote_from_bytes(DATA)}",
     ],
@@ -58,6 +59,8 @@ def test_what_rfc_2397_allows(url: str) -> None:
         B64[:30] + "é" + B64[30:],
         B64[:30] + "\x00" + B64[30:],
         B64[:30] + "%zz" + B64[30:],
+        B64[:30] + "%41" + B64[30:],
+        B64[:30] + "\ud800" + B64[30:],
         "=",
         "====",
         "A",
@@ -115,6 +118,8 @@ def test_the_limit_counts_decoded_bytes() -> None:
 def test_megabytes_of_nonsense_are_refused() -> None:
     assert refused("data:;base64," + "=" * 4_000_000, 1 << 20).code == "image_file_too_large"
     assert refused("data:;base64," + "=" * 4_000_000, 1 << 24).code == "invalid_base64_image"
+    assert refused("data:," + "%41" * 400_000, 1 << 24).code == "invalid_image_url"
+    assert read("data:,\ud800x") == b"?x"
     assert refused("data:;base64," + " " * 9_000_000, 1 << 20).code == "image_file_too_large"
 
 

@@ -10,7 +10,16 @@ from urllib.parse import unquote_to_bytes
 
 from sightline_models.images import ImageError
 
+MAX_ESCAPED_CHARACTERS = 1 << 20
+"""Longest data: URL that is not base64; undoing its escapes takes many times its memory."""
+
 _WHITESPACE = b" \t\r\n"
+# What senders escape in base64, with the spaces and line breaks that may stand in it.
+_ESCAPES = {
+    escaped: plain
+    for plain in (b"+", b"/", b"=", b" ", b"\r", b"\n")
+    for escaped in (b"%%%02X" % plain[0], b"%%%02x" % plain[0])
+}
 
 
 @dataclass(frozen=True)
@@ -33,12 +42,9 @@ def read_image_url(url: str, *, max_bytes: int) -> ImageSource:
     header, comma, payload = rest.partition(",")
     if not comma:
         raise ImageError("invalid_image_url", "The data: URL has no comma between its media type and its data.")
-    if header.lower().rpartition(";")[2].strip() != "base64":
-        _check_length(len(payload) // 3, max_bytes)
-        data = unquote_to_bytes(payload)
-        _check_length(len(data), max_bytes)
-        return ImageSource(data)
-    return ImageSource(_decode_base64(payload, max_bytes))
+    if header.lower().rpartition(";")[2].strip() == "base64":
+        return ImageSource(_decode_base64(payload, max_bytes))
+    return ImageSource(_decode_escapes(payload, max_bytes))
 
 
 def _refusal(scheme: str) -> ImageError:
@@ -58,20 +64,33 @@ def _refusal(scheme: str) -> ImageError:
 
 
 def _decode_base64(payload: str, max_bytes: int) -> bytes:
-    # Before any copy is made. Whitespace and %-escapes make text longer than its data needs, hence the allowance.
+    # Before any copy is made. Spaces and escapes make the text longer than its data needs, hence the allowance.
     _check_length(len(payload) // 4, max_bytes)
     try:
         encoded = payload.encode("ascii")
     except UnicodeEncodeError:
         raise _bad_base64() from None
     if b"%" in encoded:
-        encoded = unquote_to_bytes(encoded)
+        for escaped, plain in _ESCAPES.items():
+            encoded = encoded.replace(escaped, plain)
     encoded = encoded.translate(None, _WHITESPACE)
     _check_length(len(encoded) // 4 * 3 - 2, max_bytes)
     try:
         data = binascii.a2b_base64(encoded, strict_mode=True)
     except binascii.Error:
         raise _bad_base64() from None
+    _check_length(len(data), max_bytes)
+    return data
+
+
+def _decode_escapes(payload: str, max_bytes: int) -> bytes:
+    if len(payload) > MAX_ESCAPED_CHARACTERS:
+        raise ImageError(
+            "invalid_image_url",
+            f"The data: URL has {len(payload)} characters without being base64; at most {MAX_ESCAPED_CHARACTERS} are "
+            "allowed. Send data:image/png;base64,... instead.",
+        )
+    data = unquote_to_bytes(payload.encode("utf-8", errors="replace"))
     _check_length(len(data), max_bytes)
     return data
 
