@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from sightline_models.config import Normalization
+from sightline_models.images import Pixels
 from sightline_models.vlm import Vlm
 from sightline_server.engine.engine import Engine
 from sightline_server.engine.load import assemble
-from sightline_server.engine.runner import Pixels
 from sightline_server.engine.types import (
     EngineConfig,
     FinishEvent,

@@ -7,8 +7,9 @@ import logging
 
 import torch
 
+from sightline_models.images import Pixels
 from sightline_server.engine.blocks import BlockPool
-from sightline_server.engine.runner import Pixels, Runner
+from sightline_server.engine.runner import Runner
 from sightline_server.engine.sampler import Sampled
 from sightline_server.engine.scheduler import Scheduler
 from sightline_server.engine.types import (

@@ -10,15 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sightline_models.images import Pixels
 from sightline_models.kv import KvPool
 from sightline_models.vlm import Vlm
 from sightline_server.engine.batch import StepBatch, build_batch, passes_of_equal_shape
 from sightline_server.engine.sampler import Sampled, choose_tokens
 from sightline_server.engine.types import EngineConfig, Slice, StepPlan
 from sightline_server.engine.vision_cache import VisionCache
-
-Pixels = np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]
-"""uint8 [H, W, 3], as ``PreparedImage.pixels``."""
 
 
 class Runner:
@@ -86,4 +84,5 @@ class Runner:
         for part in batch.images:
             encoded_LD = self._vision.get(part.key)
             hidden_TD[part.row : part.row + part.length] = encoded_LD[part.offset : part.offset + part.length]
-        return self._model(hidden_TD, batch.positions_T, self._kv, batch.layout)
+        normed_TD: Tensor = self._model(hidden_TD, batch.positions_T, self._kv, batch.layout)
+        return normed_TD
