@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import pytest_asyncio
+import uvloop
 from PIL import Image
 
 from sightline_models.config import read_config
@@ -273,6 +274,22 @@ async def test_workers_that_cannot_start_are_our_failure(monkeypatch: pytest.Mon
     with pytest.raises(ServerFault):
         await pool.start()
     assert pool.worker_pids() == []
+
+
+def test_lost_workers_are_noticed_at_once_under_the_servers_event_loop() -> None:
+    async def main() -> None:
+        pool = make_pool(workers=3, timeout_s=60.0)
+        await pool.start()
+        for pid in pool.worker_pids():
+            files = os.listdir(f"/proc/{pid}/fd")
+            assert sorted(files) == ["0", "1", "2"]
+        started = time.monotonic()
+        with workers_killed(pool, times=1):
+            await asyncio.gather(*(pool.read(data) for data in (slow_png(), png(picture(1)), png(picture(2)))))
+        assert time.monotonic() - started < 30
+        await pool.close()
+
+    uvloop.run(main())
 
 
 def test_workers_end_with_the_process_that_started_them() -> None:

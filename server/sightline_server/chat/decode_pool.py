@@ -95,6 +95,9 @@ class _Worker:
 
     async def decode(self, data: bytes) -> _Decoded:
         """Raises ImageError for a refused image, _WorkerLost when the process ended."""
+        if self._jobs.is_closing():
+            # It ended while it had nothing to do; uvloop would not take the write.
+            raise _WorkerLost
         try:
             self._jobs.write(JOB.pack(len(data)))
             self._jobs.write(data)

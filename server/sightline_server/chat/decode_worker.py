@@ -29,6 +29,8 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
+    # uvloop lets a new process inherit the pipes of its siblings, whose end would then go unnoticed.
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
     options = json.loads(sys.argv[1])
     _end_with_parent(options["parent"])
     limit = options["memory_mb"] << 20
@@ -37,7 +39,8 @@ def main() -> None:
     config = PreprocessConfig.from_json(options["preprocess"])
     jobs, answers = sys.stdin.buffer, sys.stdout.buffer
     # Decoder libraries print their complaints about a file; errors of our own start have been shown by now.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stderr.fileno())
     answers.write(ANSWER.pack(READY, 0, 0, 0, 0, b""))
     answers.flush()
     while header := jobs.read(JOB.size):
