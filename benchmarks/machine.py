@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE_ROOTS = tuple(ROOT / name for name in ("server", "models", "kernels"))
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "numpy", "pillow", "fastapi", "uvicorn", "uvloop")
 
+GPU_FIELDS = ("name", "driver_version", "memory.total", "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
+
 
 def describe_machine(commit: str | None = None) -> dict[str, Any]:
     """Facts for a result file; ``commit`` names the source when the machine holds no git history."""
@@ -34,6 +36,19 @@ def describe_machine(commit: str | None = None) -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "load": load_average(),
     }
+
+
+def nvidia_smi() -> dict[str, str] | None:
+    """The driver's word on the first GPU, nothing where there is none."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    query = [program, f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, timeout=30)
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
+        return None
+    return dict(zip(GPU_FIELDS, (value.strip() for value in lines[0].split(",")), strict=False))
 
 
 def load_average() -> list[float]:

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from benchmarks.machine import ROOT, child_environment
 
 STOP_TIMEOUT_S = 20
@@ -40,6 +42,17 @@ class Server:
     ready_s: float
     """From starting the process to its first answer."""
     log: Path
+    pid: int
+
+    def cpu_seconds(self) -> float:
+        """Processor time it has used so far, its child processes' included."""
+        spent = 0.0
+        parent = psutil.Process(self.pid)
+        for process in (parent, *parent.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                spent += times.user + times.system
+        return spent
 
 
 def free_port() -> int:
@@ -75,7 +88,7 @@ def running(
             )
         try:
             ready_s = _wait(process, f"http://127.0.0.1:{port}{ready_path}", log, name, timeout_s)
-            yield Server(name, f"http://127.0.0.1:{port}/v1", model, ready_s, log)
+            yield Server(name, f"http://127.0.0.1:{port}/v1", model, ready_s, log, process.pid)
         finally:
             stop(process)
 
@@ -86,7 +99,8 @@ def sightline_command(port: int, *flags: str) -> list[str]:
 
 
 def bench(server: Server, **flags: Any) -> dict[str, Any]:
-    """One load; ``flags`` are those of ``sightline bench`` with underscores. Returns its summary.
+    """One load; ``flags`` are those of ``sightline bench`` with underscores. Returns its summary,
+    with ``server_cpu_s``, the processor seconds the server spent on it.
 
     Raises ServerError when there is none, or when a request failed: a rate over fewer requests compares nothing.
     """
@@ -96,11 +110,15 @@ def bench(server: Server, **flags: Any) -> dict[str, Any]:
     for name, value in flags.items():
         flag = "--" + name.replace("_", "-")
         command += [flag if value else f"--no-{flag[2:]}"] if isinstance(value, bool) else [flag, str(value)]
+    cpu_before = server.cpu_seconds()
     done = subprocess.run(command, cwd=ROOT, env=child_environment(), capture_output=True, text=True)
+    cpu_spent = server.cpu_seconds() - cpu_before
     lines = done.stdout.rstrip("\n").splitlines()
     if done.returncode or not lines or not lines[-1].startswith("{"):
         raise ServerError(f"The load on {server.name} failed.\n{done.stdout}{done.stderr}\n{tail(server.log)}")
     summary: dict[str, Any] = json.loads(lines[-1])
+    # The two short requests that measure the tokenizer are in it, and warm-ups where there are any.
+    summary["server_cpu_s"] = round(cpu_spent, 3)
     return summary
 
 

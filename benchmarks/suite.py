@@ -2,7 +2,8 @@
 
 Both servers serve the same weights and stay up through all rounds; each round runs the other way round than the one
 before (ABBA), so that a machine that slows down or a neighbour that wakes up takes from both. Medians are reported
-with the least and most of the rounds. Run it with `scripts/bench`.
+with the least and most of the rounds; beside output tokens a second stand those a second of processor time, which a
+neighbour disturbs less. Run it with `scripts/bench`.
 """
 
 import argparse
@@ -44,28 +45,42 @@ QUICK = Size(rounds=2, prompts_single=4, prompts_many=STREAMS)
 FULL = Size(rounds=6, prompts_single=8, prompts_many=3 * STREAMS)
 
 
+MEASURES = {
+    "per_second": "Output tokens a second",
+    "per_cpu_second": "Output tokens a second of the server's processor time",
+}
+
+
 @dataclass
 class Outcome:
-    """What one model gave: output tokens a second of each system, a figure a round."""
+    """What one model gave."""
 
     model: str
     configs: dict[str, Any] = field(default_factory=dict)
     """For each side the variant that competes, and what every variant gave when tried."""
-    rates: dict[str, list[float]] = field(default_factory=dict)
+    rates: dict[str, dict[str, list[float]]] = field(default_factory=lambda: {measure: {} for measure in MEASURES})
+    """By measure and system (``single``, ``many``, ``peer``), a figure a round."""
     runs: list[dict[str, Any]] = field(default_factory=list)
 
-    def ratios(self, over: str) -> list[float]:
+    def add(self, system: str, turn: int, summary: dict[str, Any]) -> None:
+        tokens = summary["tokens"]["output"]
+        for measure, rate in (("per_second", _rate(summary)), ("per_cpu_second", tokens / summary["server_cpu_s"])):
+            self.rates[measure].setdefault(system, []).append(round(rate, 2))
+        self.runs.append({"system": system, "round": turn, "load": load_average(), "summary": summary})
+
+    def ratios(self, measure: str, over: str) -> list[float]:
         """Our many streams over ``over``, round by round."""
-        return [ours / other for ours, other in zip(self.rates["many"], self.rates.get(over, ()), strict=False)]
+        rates = self.rates[measure]
+        return [ours / other for ours, other in zip(rates["many"], rates.get(over, ()), strict=False)]
 
     def to_json(self) -> dict[str, Any]:
-        told: dict[str, Any] = {"model": self.model, "configs": self.configs, "systems": {}, "ratios": {}}
-        for system, rates in self.rates.items():
-            told["systems"][system] = {"output_tokens_per_s": spread(rates), "rounds": rates}
+        told: dict[str, Any] = {"model": self.model, "configs": self.configs}
         targets = dict(zip(("single", "peer"), TARGETS.get(self.model, ()), strict=False))
-        for other in ("single", "peer"):
-            if ratios := self.ratios(other):
-                told["ratios"][f"many_over_{other}"] = {**spread(ratios), "target": targets.get(other)}
+        for measure, rates in self.rates.items():
+            told[measure] = {system: {**spread(values), "rounds": values} for system, values in rates.items()}
+            for other in ("single", "peer"):
+                if ratios := self.ratios(measure, other):
+                    told[measure][f"many_over_{other}"] = {**spread(ratios), "target": targets.get(other)}
         told["runs"] = self.runs
         return told
 
@@ -132,6 +147,7 @@ def choose(variants: list[Variant], folder: Path, serve_flags: list[str], consol
     tried = []
     for variant in variants:
         with started(variant, folder, serve_flags) as server:
+            _ask(server, variant.side, prompts=1, streams=1, output_len=8)
             rate = _rate(_ask(server, variant.side, prompts=4, streams=4, output_len=OUTPUT_LEN // 2))
         console.print(f"  tried {server.name}, {variant.threads} threads: {rate:,.0f} tokens/s")
         tried.append({**dataclasses.asdict(variant), "output_tokens_per_s": rate})
@@ -150,14 +166,14 @@ def measure(name: str, size: Size, with_peer: bool, serve_flags: list[str], cons
             chosen = outcome.configs[side] = choose(variants, where, serve_flags, console)
             best = Variant(*(chosen["best"][key] for key in ("side", "dtype", "threads")))
             servers[side] = stack.enter_context(started(best, where, serve_flags))
+            _ask(servers[side], side, prompts=STREAMS, streams=STREAMS, output_len=8)
         order = ["single", "many", *(["peer"] if with_peer else [])]
         for turn in range(size.rounds):
             for system in order if turn % 2 == 0 else reversed(order):
                 side = "peer" if system == "peer" else "ours"
                 prompts, streams = (size.prompts_single, 1) if system == "single" else (size.prompts_many, STREAMS)
                 summary = _ask(servers[side], side, prompts=prompts, streams=streams, output_len=OUTPUT_LEN)
-                outcome.rates.setdefault(system, []).append(_rate(summary))
-                outcome.runs.append({"system": system, "round": turn, "load": load_average(), "summary": summary})
+                outcome.add(system, turn, summary)
                 console.print(f"  round {turn + 1}, {system}: {_rate(summary):,.0f} output tokens/s")
     return outcome
 
@@ -170,6 +186,8 @@ def _ask(server: Server, side: str, *, prompts: int, streams: int, output_len: i
         input_len=INPUT_LEN,
         output_len=output_len,
         images="own",
+        # Servers are warmed once: a warm-up inside each load would count in the processor time.
+        warmup=0,
         # The peer refuses the field; its folder names no end token instead.
         ignore_eos=side != "peer",
     )
@@ -182,22 +200,19 @@ def _rate(summary: dict[str, Any]) -> float:
     return float(summary["throughput"]["output_tokens_per_s"])
 
 
-def table(outcomes: list[Outcome]) -> Table:
-    shown = Table(title=f"Output tokens/s: own picture each, {INPUT_LEN} text tokens in, {OUTPUT_LEN} out")
-    for heading in ("model", "1 stream", f"{STREAMS} streams", "gain", f"transformers serve, {STREAMS}", "gain"):
+def table(measure: str, outcomes: list[Outcome]) -> Table:
+    shown = Table(title=MEASURES[measure], title_justify="left")
+    for heading in ("model", "1 stream", f"{STREAMS} streams", "gain", f"peer, {STREAMS} streams", "gain"):
         shown.add_column(heading, justify="left" if heading == "model" else "right")
     for outcome in outcomes:
-        rates = {system: f"{statistics.median(values):,.0f}" for system, values in outcome.rates.items()}
-        gains = [_gain(outcome, other) for other in ("single", "peer")]
+        rates = {system: f"{statistics.median(values):,.0f}" for system, values in outcome.rates[measure].items()}
+        gains = [_gain(outcome.ratios(measure, other)) for other in ("single", "peer")]
         shown.add_row(outcome.model, rates["single"], rates["many"], gains[0], rates.get("peer", "-"), gains[1])
     return shown
 
 
-def _gain(outcome: Outcome, other: str) -> str:
-    ratios = outcome.ratios(other)
-    if not ratios:
-        return "-"
-    return f"{statistics.median(ratios):.1f}x ({min(ratios):.1f} to {max(ratios):.1f})"
+def _gain(ratios: list[float]) -> str:
+    return f"{statistics.median(ratios):.1f}x [{min(ratios):.1f}, {max(ratios):.1f}]" if ratios else "-"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -231,7 +246,9 @@ def main(arguments: list[str] | None = None) -> int:
     document["models"] = [outcome.to_json() for outcome in outcomes]
     path = args.json or ROOT / "benchmarks/results" / f"cpu-{datetime.date.today():%Y-%m-%d}.json"
     path.write_text(json.dumps(document, indent=1) + "\n")
-    console.print(table(outcomes))
+    console.print(f"Own picture each, {INPUT_LEN} text tokens in, {OUTPUT_LEN} out; the peer is transformers serve")
+    for measure_name in MEASURES:
+        console.print(table(measure_name, outcomes))
     console.print(
         f"Load {document['machine']['load'][0]} before and {document['load_after'][0]} after. Written: {path}"
     )

@@ -1,28 +1,10 @@
 """Stage 1: what the machine is, and its ceilings measured in this run."""
 
-import shutil
-import subprocess
-
 import torch
 
 from benchmarks.gpu.ceilings import copy_bandwidth, launch_us, matmul_rate, read_bandwidth
 from benchmarks.gpu.stage import Stage, run
-from benchmarks.machine import describe_machine
-
-GPU_FIELDS = ("name", "driver_version", "memory.total", "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
-
-
-def nvidia_smi() -> dict[str, str] | None:
-    """The driver's word on the first GPU, nothing where there is none."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return None
-    query = [program, f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True, timeout=30)
-    lines = done.stdout.splitlines()
-    if done.returncode or not lines:
-        return None
-    return dict(zip(GPU_FIELDS, (value.strip() for value in lines[0].split(",")), strict=False))
+from benchmarks.machine import describe_machine, nvidia_smi
 
 
 def measure(stage: Stage) -> None:

@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import pack
-from benchmarks.gpu.environment import nvidia_smi
-from benchmarks.machine import ROOT, child_environment, describe_machine
+from benchmarks.machine import ROOT, child_environment, describe_machine, nvidia_smi
 
 LEAST_S = 5.0
 """A stage with less time than this left is not started."""
