@@ -97,7 +97,6 @@ def prepare(image: Image.Image, config: PreprocessConfig) -> PreparedImage:
     size = _resized_size(image, config)
     if size is not None:
         _check_work(image, size)
-        # On arrays, as the reference does it: Pillow resizes the same either way.
         image = image.resize((size[1], size[0]), resample=config.resample)
     pixels = np.asarray(image)
     if config.crop is not None:
