@@ -61,7 +61,11 @@ def _poison_fresh_tensors(request: pytest.FixtureRequest, monkeypatch: pytest.Mo
     if not request.path.is_relative_to(ROOT) or not str(request.path.relative_to(ROOT)).startswith(POISONED):
         return
     import torch
+    from torch.utils._device import _device_constructors
 
+    # At first use torch notes which functions a `with torch.device(...)` redirects: it must note the true ones, or
+    # models meant for the meta device take real memory.
+    _device_constructors()
     true_empty, true_empty_like = torch.empty, torch.empty_like
 
     def poison(made: "torch.Tensor") -> "torch.Tensor":
