@@ -29,7 +29,18 @@ def read_report(report: Path) -> dict[str, Any]:
 def measure(stage: Stage) -> None:
     with tempfile.TemporaryDirectory(prefix="sightline-gpu-tests-") as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "tests",
+            "-m",
+            "gpu",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--continue-on-collection-errors",
+        ]
         done = subprocess.run(
             [*command, f"--junitxml={report}"],
             cwd=ROOT,

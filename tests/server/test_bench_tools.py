@@ -3,18 +3,23 @@
 import importlib.metadata
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from sightline_models.config import read_config
+from sightline_models.presets import demo_checkpoint
+
+# The tools are no package: scripts start them from the checkout, and so does this test.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from benchmarks import machine, suite, transformers_serve
 from benchmarks.gpu import main, pack, step_profile
 from benchmarks.gpu.oracle import errors
 from benchmarks.gpu.paged import PagedSequences
-
-from sightline_models.config import read_config
-from sightline_models.presets import demo_checkpoint
 
 
 def call(name: str, ts: float, dur: float, correlation: int, cat: str = "cuda_runtime") -> dict[str, Any]:
