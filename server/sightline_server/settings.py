@@ -64,7 +64,10 @@ class Settings:
     # Engine
     device: str = _row("auto", "auto, cpu, cuda or cuda:N.", section="Engine")
     threads: int = _row(
-        0, "CPU threads for the engine. 0: the cores this process may use.", section="Engine", minimum=0
+        0,
+        "CPU threads for the engine. 0: the cores this process may use, less one for everything else.",
+        section="Engine",
+        minimum=0,
     )
     block_size: int = _row(16, "Tokens a cache block holds.", section="Engine", minimum=1, maximum=256)
     max_step_tokens: int = _row(

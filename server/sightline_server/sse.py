@@ -1,4 +1,4 @@
-"""Server-sent events as OpenAI's clients read them; the only file that knows ``data: `` and ``[DONE]``.
+"""Server-sent events as OpenAI's clients read them; the only file of the server that writes ``data: `` and ``[DONE]``.
 
 One line of data and a blank line an event, and never an ``id:``. Knows framing. Knows no field of what it frames.
 """

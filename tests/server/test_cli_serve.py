@@ -232,7 +232,7 @@ def ready_server(**changes: Any) -> ReadyServer:
 def test_the_block_states_the_facts() -> None:
     block = ready_server().block()
     assert "llava (LlavaForConditionalGeneration, 7.06 billion parameters, 28 GiB)" in block
-    assert "float32 (auto on a CPU: exact for the checkpoint's bfloat16, and as fast)" in block
+    assert "float32 (auto on a CPU: holds the checkpoint's bfloat16 exactly)" in block
     assert "16,000 tokens" in block
     assert "http://127.0.0.1:8000/v1" in block
     assert "not needed\n" in block

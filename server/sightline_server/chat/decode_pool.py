@@ -15,13 +15,10 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
-from sightline_models.images import ImageError, PreprocessConfig
+from sightline_models.images import ImageError, Pixels, PreprocessConfig
 from sightline_server.chat.decode_worker import ANSWER, DECODED, JOB, REFUSED
 from sightline_server.errors import ServerFault
-
-Pixels = NDArray[np.uint8]
 
 MEMO_ENTRIES = 8192
 _START_TIMEOUT_S = 30.0

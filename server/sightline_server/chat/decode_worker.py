@@ -71,7 +71,9 @@ def _limit_cpu(seconds: float) -> None:
 
 
 def _end_with_parent(parent: int) -> None:
+    # Both reach every process of a terminal or a service; the server decides when its workers end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:

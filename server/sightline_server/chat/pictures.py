@@ -3,8 +3,8 @@
 import asyncio
 from collections.abc import Awaitable, Sequence
 
-from sightline_models.images import ImageError
-from sightline_server.chat.decode_pool import DecodePool, ImageHandle, Pixels
+from sightline_models.images import ImageError, Pixels
+from sightline_server.chat.decode_pool import DecodePool, ImageHandle
 from sightline_server.chat.fetch import read_image_url
 from sightline_server.chat.prompt import ImagePlace
 from sightline_server.errors import InvalidRequest

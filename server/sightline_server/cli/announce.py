@@ -13,6 +13,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from sightline_server.cli.terminal import own_command, size
 from sightline_server.engine.types import EngineInfo
 
 KEY_VARIABLE = "SIGHTLINE_API_KEY"
@@ -71,7 +72,7 @@ class ReadyServer:
     def block(self) -> str:
         """Several lines of plain text, with examples that work as they are."""
         info = self.info
-        model = f"{self.name} ({self.architecture}, {_count(info.parameters)} parameters, {_bytes(info.weight_bytes)})"
+        model = f"{self.name} ({self.architecture}, {_count(info.parameters)} parameters, {size(info.weight_bytes)})"
         context = f"{info.max_model_len:,} tokens a request at most; a picture takes {self.tokens_per_image} of them"
         lines = [
             f"Sightline {version('sightline')} is ready.",
@@ -83,6 +84,8 @@ class ReadyServer:
             f"  context    {context}",
             f"  address    {self.url}",
             f"  API key    {self._key_line()}",
+            "",
+            f"Talk to it in a terminal: {own_command()} chat --image picture.png",
             "",
             "Ask about a picture with curl:",
             "",
@@ -138,7 +141,7 @@ class ReadyServer:
         if self.asked_dtype != "auto":
             return f"as --dtype {self.asked_dtype} asks"
         if self.info.device.startswith("cpu"):
-            return f"auto on a CPU: exact for the checkpoint's {self.checkpoint_dtype}, and as fast"
+            return f"auto on a CPU: holds the checkpoint's {self.checkpoint_dtype} exactly"
         if self.info.dtype == self.checkpoint_dtype:
             return "auto: the checkpoint's own"
         return f"auto: this GPU can't compute in the checkpoint's {self.checkpoint_dtype}"
@@ -152,14 +155,7 @@ class ReadyServer:
 
 
 def _count(number: int) -> str:
-    for size, unit in ((10**9, "billion"), (10**6, "million"), (10**3, "thousand")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
+    for power, unit in ((10**9, "billion"), (10**6, "million"), (10**3, "thousand")):
+        if number >= power:
+            return f"{number / power:.3g} {unit}"
     return str(number)
-
-
-def _bytes(number: int) -> str:
-    for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number} bytes"

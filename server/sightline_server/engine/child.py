@@ -19,6 +19,7 @@ from pathlib import Path
 
 import zmq
 
+from sightline_models.images import Pixels
 from sightline_server.engine import wire
 from sightline_server.settings import ENV_PREFIX
 
@@ -89,7 +90,9 @@ class ChildProcess:
                 stdin=asyncio.subprocess.DEVNULL,
                 # Libraries print there what belongs into a log.
                 stdout=sys.__stderr__.fileno() if sys.__stderr__ else asyncio.subprocess.DEVNULL,
-                env={name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)},
+                # Threads that wait by spinning starve the ones they wait for when cores are shared.
+                env={"OMP_WAIT_POLICY": "PASSIVE"}
+                | {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)},
             )
         except BaseException:
             context.destroy(linger=0)
@@ -104,7 +107,7 @@ class ChildProcess:
     def send(self, command: wire.Command) -> None:
         self._send(wire.encode(command))
 
-    def send_pixels(self, request_id: str, digest: bytes, pixels: wire.Pixels) -> None:
+    def send_pixels(self, request_id: str, digest: bytes, pixels: Pixels) -> None:
         self._send(*wire.encode_pixels(request_id, digest, pixels))
 
     def kill(self) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from sightline_models.images import ImageError
+from sightline_models.images import ImageError, Pixels
 from sightline_server import settings as settings_table
 from sightline_server.engine import wire
 from sightline_server.engine.child import ChildProcess, Patience
@@ -31,7 +31,7 @@ from sightline_server.settings import Settings
 
 log = logging.getLogger(__name__)
 
-PixelSource = Callable[[bytes], Awaitable[wire.Pixels]]
+PixelSource = Callable[[bytes], Awaitable[Pixels]]
 """digest -> uint8 [height, width, 3]; raises ImageError."""
 
 OVERLOADED_RETRY_S = 2.0

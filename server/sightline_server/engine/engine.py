@@ -56,6 +56,8 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queue a request."""
+        if not self._live:
+            self._check_nothing_held()
         refusal = self._refusal(request)
         if refusal:
             code, message = refusal
@@ -129,6 +131,11 @@ class Engine:
         needed = {s.image_key(span) for s in self._live.values() for span in s.request.prompt.images}
         assert set(self._pixels) <= needed, f"{len(set(self._pixels) - needed)} pixel arrays belong to no live request"
         assert set(self._asked.values()) <= lines, "a question for pixels outlived its request"
+
+    def _check_nothing_held(self) -> None:
+        """The part of ``check_integrity`` that costs nothing: without requests, nothing is in use."""
+        held = (self._blocks.num_used, len(self._pixels), len(self._asked), len(self._scheduler.running))
+        assert held == (0, 0, 0, 0), f"no request lives, yet blocks, pixels, questions and slots in use are {held}"
 
     def _refusal(self, request: Request) -> tuple[str, str] | None:
         length, limit = len(request.prompt.token_ids), self._config.max_model_len

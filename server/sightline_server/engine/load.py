@@ -45,32 +45,38 @@ def load_engine(folder: Path, settings: Settings, progress: Progress) -> tuple[E
     """Load the checkpoint in ``folder`` (or random weights of its shape) and size the cache.
 
     Raises CheckpointError for a folder that can't be loaded, SettingsError for settings that don't fit it or the
-    machine, torch.OutOfMemoryError when the weights don't fit the device.
+    machine.
     """
     began = time.monotonic()
     device = choose_device(settings.device)
     if device.type == "cpu":
-        torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
+        torch.set_num_threads(settings.threads or default_threads())
     config = read_config(folder)
     dtype = choose_dtype(settings.dtype, config, device)
     normalization = read_preprocess_config(folder, config).normalization
-    progress("loading weights", 0.0)
-    if settings.random:
-        model = random_vlm(config, normalization, dtype=dtype, device=device, seed=settings.random_seed)
-    else:
-        model = load_vlm(
-            folder,
-            config,
-            normalization,
-            dtype=dtype,
-            device=device,
-            progress=lambda share: progress("loading weights", share),
-        )
-    progress("sizing the cache", 0.0)
-    limits = _limits(config, settings, device, dtype)
-    num_blocks = _count_blocks(model, config, settings, device, dtype, limits)
-    engine_config = _fit_to_cache(config, settings, limits, num_blocks)
-    engine = assemble(model, engine_config, device=device, dtype=dtype)
+    limits = _limits(config, settings, device)
+    try:
+        progress("loading weights", 0.0)
+        if settings.random:
+            model = random_vlm(config, normalization, dtype=dtype, device=device, seed=settings.random_seed)
+        else:
+            model = load_vlm(
+                folder,
+                config,
+                normalization,
+                dtype=dtype,
+                device=device,
+                progress=lambda share: progress("loading weights", share),
+            )
+        progress("sizing the cache", 0.0)
+        num_blocks = _count_blocks(model, config, settings, device, dtype, limits)
+        engine_config = _fit_to_cache(config, settings, limits, num_blocks)
+        engine = assemble(model, engine_config, device=device, dtype=dtype)
+    except torch.OutOfMemoryError as error:
+        raise SettingsError(
+            f"The weights in {str(dtype).removeprefix('torch.')} and one full step don't fit {_device_name(device)}. "
+            "Run 'sightline doctor' with this folder to see what would; --max-step-tokens lowers what a step needs."
+        ) from error
     weights = [*model.parameters(), *model.buffers()]
     info = EngineInfo(
         device=_device_name(device),
@@ -126,11 +132,20 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def default_threads() -> int:
+    """All cores this process may use but one, which the HTTP side and image decoding need.
+
+    Threads that share a core with another busy process wait for each other at every operation: on two cores, two
+    threads were many times slower than one as soon as requests came in (docs/log.md, 2026-11-20).
+    """
+    return max(1, len(os.sched_getaffinity(0)) - 1)
+
+
 def choose_dtype(name: str, config: VlmConfig, device: torch.device) -> torch.dtype:
     """The precision ``name`` stands for.
 
-    auto is the checkpoint's own on a GPU. On a CPU it is float32: it holds bfloat16 and float16 weights exactly, so
-    logits stay within rounding of the reference's, and decoding at small batches is as fast there.
+    auto is the checkpoint's own on a GPU. On a CPU it is float32, the fastest there that loses nothing: it holds
+    bfloat16 and float16 weights exactly, so that logits stay within rounding of the reference's.
     """
     if name == "auto":
         name = config.dtype if device.type == "cuda" else "float32"
@@ -152,7 +167,7 @@ def _device_name(device: torch.device) -> str:
     return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
-def _limits(config: VlmConfig, settings: Settings, device: torch.device, dtype: torch.dtype) -> EngineConfig:
+def _limits(config: VlmConfig, settings: Settings, device: torch.device) -> EngineConfig:
     """All bounds but the cache's, which is sized by running within them."""
     longest = config.decoder.max_position_embeddings
     if settings.max_model_len > longest:

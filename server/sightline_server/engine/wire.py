@@ -10,13 +10,11 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from sightline_models.images import Pixels
 from sightline_server.engine.types import EngineInfo, EngineStats, Event, Request
 from sightline_server.settings import Settings
 
 Frame = bytes | memoryview
-
-Pixels = np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]
-"""uint8 [height, width, 3]."""
 
 
 class WireError(ValueError):
