@@ -48,7 +48,7 @@ class DecodeStep:
 def bytes_of_step(model: Vlm, batch: int, dtype: torch.dtype) -> int:
     """Bytes a step can't avoid reading."""
     a_block = KvPool.bytes_per_block(model.config.decoder, block_size=BLOCK_SIZE, dtype=dtype)
-    return decoder_bytes_per_step(model) + batch * CONTEXT * a_block // BLOCK_SIZE
+    return decoder_bytes_per_step(model, dtype) + batch * CONTEXT * a_block // BLOCK_SIZE
 
 
 def host_ms(step: DecodeStep, device: str, repeats: int) -> float:
@@ -83,7 +83,7 @@ def measure(stage: Stage) -> None:
         shape=stage.shape,
         context=CONTEXT,
         copy_bytes_per_s=bandwidth,
-        weight_bytes_per_step=decoder_bytes_per_step(model),
+        weight_bytes_per_step=decoder_bytes_per_step(model, dtype),
     )
     rows: list[dict[str, Any]] = []
     repeats = 20 if stage.on_gpu else 3
@@ -106,7 +106,7 @@ def _measure_batch(
     num_bytes = bytes_of_step(model, batch, dtype)
     if stage.on_gpu:
         # Cache, and the copies of it that the reference attention gathers a layer at a time.
-        wanted = 1.2 * (num_bytes - decoder_bytes_per_step(model)) + 2**30
+        wanted = 1.2 * (num_bytes - decoder_bytes_per_step(model, dtype)) + 2**30
         if torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated() < wanted:
             return {"batch": batch, "skipped": f"needs {wanted / 2**30:.0f} GiB more than the weights"}
         torch.cuda.reset_peak_memory_stats()

@@ -13,6 +13,7 @@ import torch
 from sightline_models import presets
 from sightline_models.config import read_config
 from sightline_models.images import read_preprocess_config
+from sightline_models.parameter_count import count_parameters
 from sightline_models.vlm import Vlm
 from sightline_models.weights import load_vlm, random_vlm
 
@@ -54,12 +55,11 @@ def random_transformers_model(folder: Path, *, device: str, seed: int = 0) -> An
     return model.eval()
 
 
-def decoder_bytes_per_step(model: Vlm) -> int:
-    """Weight bytes that every decode step must read: the decoder's but for the embedding rows it doesn't look up."""
-    total = sum(weight.nbytes for weight in model.decoder.parameters())
-    if model.config.decoder.tie_word_embeddings:
-        return total
-    return total - model.decoder.embed_tokens.weight.nbytes
+def decoder_bytes_per_step(model: Vlm, dtype: torch.dtype) -> int:
+    """Weight bytes that every decode step must read: layers and head, but for the embedding rows it doesn't look up."""
+    count, decoder = count_parameters(model.config), model.config.decoder
+    head = decoder.vocab_size * decoder.hidden_size
+    return (count.decoder_linears + count.decoder_rest + head) * dtype.itemsize
 
 
 def scratch_folder(num_bytes: int) -> Path | None:

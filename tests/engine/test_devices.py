@@ -1,0 +1,96 @@
+"""What holds on a CPU holds on a GPU: the same tests, the GPU's marked so."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import CLIP, Album, make_engine, make_prompt, make_request, picture, run
+
+from sightline_models.config import read_config
+from sightline_models.tiny import write_checkpoint
+from sightline_models.vlm import Vlm
+from sightline_models.weights import load_vlm
+from sightline_server.engine.types import FinishReason, Request
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made: Path = tmp_path_factory.mktemp("devices")
+    write_checkpoint(made, seed=3)
+    return made
+
+
+def load(folder: Path, device: str, dtype: torch.dtype = torch.float32) -> Vlm:
+    return load_vlm(folder, read_config(folder), CLIP, dtype=dtype, device=torch.device(device))
+
+
+def mixed_requests(model: Vlm, album: Album, **params: Any) -> list[Request]:
+    size = model.config.vision.image_size
+    parts: list[list[Any]] = [
+        [9],
+        [3, picture(size, 1), 6],
+        [picture(size, 2), 2, picture(size, 3), 7],
+        [40],
+        [5, picture(size, 1), 11],
+    ]
+    return [
+        make_request(f"r{i}", make_prompt(model, album, each, seed=i), seed=i, **params) for i, each in enumerate(parts)
+    ]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_float32_probabilities_are_those_of_plain_prefills_on_a_cpu(folder: Path, device: str) -> None:
+    """Tokens sampled on the device in one mixed batch, then scored on a CPU, each by one prefill of its own."""
+    album, model, scorer = Album(), load(folder, device), load(folder, "cpu")
+    requests = mixed_requests(model, album, temperature=1.0, max_tokens=6, logprobs=True)
+    answers = run(make_engine(model, device=device, max_step_tokens=48), requests, album)
+    for request in requests:
+        answer = answers[request.id]
+        assert answer.reason is FinishReason.LENGTH
+        for position, (token_id, logprob) in enumerate(zip(answer.token_ids, answer.logprobs, strict=True)):
+            told = tuple(answer.token_ids[:position])
+            again = make_request(
+                "again",
+                type(request.prompt)(request.prompt.token_ids + told, request.prompt.images),
+                max_tokens=1,
+                logprobs=True,
+                logit_bias={token_id: 100.0},
+            )
+            scored = run(make_engine(scorer), [again], album)["again"]
+            assert scored.token_ids == [token_id]
+            assert logprob == pytest.approx(scored.logprobs[0], abs=1e-3)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_deterministic_answers_know_no_batch_mates(folder: Path, device: str) -> None:
+    album, model = Album(), load(folder, device)
+    requests = mixed_requests(model, album, temperature=1.0, max_tokens=12, logprobs=True)
+    together = run(make_engine(model, device=device, deterministic=True), requests, album)
+    for request in requests:
+        alone = run(make_engine(model, device=device, deterministic=True), [request], album)[request.id]
+        assert (alone.token_ids, alone.logprobs) == (together[request.id].token_ids, together[request.id].logprobs)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_preempted_requests_go_on_where_they_were(folder: Path, device: str) -> None:
+    album, model = Album(), load(folder, device)
+    requests = mixed_requests(model, album, temperature=1.0, max_tokens=30)
+    roomy = run(make_engine(model, device=device, deterministic=True), requests, album)
+    engine = make_engine(model, device=device, deterministic=True, num_blocks=34)
+    cramped = run(engine, requests, album)
+    assert engine.stats().preemptions_total > 0
+    for request in requests:
+        assert cramped[request.id].token_ids == roomy[request.id].token_ids
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_answers_whole_and_finite(folder: Path, device: str, dtype: torch.dtype) -> None:
+    album, model = Album(), load(folder, device, dtype)
+    requests = mixed_requests(model, album, temperature=1.0, max_tokens=6, logprobs=True, top_logprobs=3)
+    for answer in run(make_engine(model, device=device), requests, album).values():
+        assert len(answer.token_ids) == 6
+        assert all(logprob is not None and -100 < logprob <= 0 for logprob in answer.logprobs)
