@@ -26,7 +26,7 @@ def _gelu_tanh(x: Tensor) -> Tensor:
 
 
 def _quick_gelu(x: Tensor) -> Tensor:
-    return x * (x * 1.702).sigmoid()
+    return (x * 1.702).sigmoid_().mul_(x)
 
 
 ACTIVATION_FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {

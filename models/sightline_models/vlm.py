@@ -44,9 +44,8 @@ class Vlm(nn.Module):
 
     def encode_images(self, pixels_NYXC: Tensor) -> Tensor:
         """Turn uint8 pixels of the tower's image size into decoder rows [N, num_image_tokens, D]."""
-        normalized_NYXC = (
-            pixels_NYXC.float() * self.normalization.rescale_factor - self.get_buffer("pixel_mean_C")
-        ) / self.get_buffer("pixel_std_C")
+        normalized_NYXC = pixels_NYXC.float().mul_(self.normalization.rescale_factor)
+        normalized_NYXC = normalized_NYXC.sub_(self.get_buffer("pixel_mean_C")).div_(self.get_buffer("pixel_std_C"))
         features_NSW = self.vision(normalized_NYXC.to(self.vision.class_embedding.dtype))
         if self.config.select_strategy == "default":
             features_NSW = features_NSW[:, 1:]

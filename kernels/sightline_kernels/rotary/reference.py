@@ -4,7 +4,6 @@ Dimension ``i`` of a head turns with dimension ``i + D/2``. Knows angles, not po
 Suffixes: T packed tokens, H query heads, G key heads, D head dim.
 """
 
-import torch
 from torch import Tensor
 
 
@@ -20,4 +19,4 @@ def apply_rotary(q_THD: Tensor, k_TGD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -
 
 def _turn(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
     swapped_THD = x_THD.roll(x_THD.shape[-1] // 2, dims=-1)
-    return torch.addcmul(x_THD * cos_T1D, swapped_THD, sin_T1D)
+    return (x_THD * cos_T1D).addcmul_(swapped_THD, sin_T1D)
