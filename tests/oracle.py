@@ -121,8 +121,8 @@ def reference_logits(model: LlavaForConditionalGeneration, case: Case) -> Tensor
     return output.logits[0].float()
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> Vlm:
-    return load_vlm(folder, read_config(folder), CLIP_NORMALIZATION, dtype=dtype, device=torch.device("cpu"))
+def load(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Vlm:
+    return load_vlm(folder, read_config(folder), CLIP_NORMALIZATION, dtype=dtype, device=torch.device(device))
 
 
 class PagedRun:
@@ -133,13 +133,14 @@ class PagedRun:
         needed = [-(-len(case) // block_size) for case in cases]
         shuffled = np.random.default_rng(seed).permutation(sum(needed)) + 1
         self.blocks = np.split(shuffled.astype(np.int64), np.cumsum(needed)[:-1])
-        dtype = vlm.decoder.embed_tokens.weight.dtype
+        weight = vlm.decoder.embed_tokens.weight
+        self.device = weight.device
         self.kv = KvPool.allocate(
             vlm.config.decoder,
             num_blocks=sum(needed) + 1,
             block_size=block_size,
-            dtype=dtype,
-            device=torch.device("cpu"),
+            dtype=weight.dtype,
+            device=self.device,
         )
         self.hidden = [self._embed(case) for case in cases]
         self.done = [0] * len(cases)
@@ -147,10 +148,10 @@ class PagedRun:
 
     def _embed(self, case: Case) -> Tensor:
         with torch.inference_mode():
-            token_ids_T = torch.tensor(case.token_ids)
+            token_ids_T = torch.tensor(case.token_ids, device=self.device)
             hidden_TD = self.vlm.embed(token_ids_T)
             if len(case.pixels_NYXC):
-                image_rows = self.vlm.encode_images(case.pixels_NYXC).flatten(0, 1)
+                image_rows = self.vlm.encode_images(case.pixels_NYXC.to(self.device)).flatten(0, 1)
                 hidden_TD[token_ids_T == self.vlm.config.image_token_id] = image_rows
             return hidden_TD
 
@@ -169,10 +170,10 @@ class PagedRun:
             slots.append(self.blocks[case][where // self.block_size] * self.block_size + where % self.block_size)
             hidden.append(self.hidden[case][self.done[case] : self.done[case] + lengths[case]])
         layout = PagedLayout(
-            block_table_BN=torch.from_numpy(table),
-            cu_seqlens_B1=torch.tensor(np.concatenate(([0], np.cumsum(query_lens))), dtype=torch.int32),
-            context_len_B=torch.tensor(context_lens, dtype=torch.int32),
-            slots_T=torch.from_numpy(np.concatenate(slots)),
+            block_table_BN=torch.from_numpy(table).to(self.device),
+            cu_seqlens_B1=torch.tensor([0, *query_lens]).cumsum(0).int().to(self.device),
+            context_len_B=torch.tensor(context_lens, dtype=torch.int32).to(self.device),
+            slots_T=torch.from_numpy(np.concatenate(slots)).to(self.device),
             query_lens=query_lens,
             context_lens=context_lens,
             num_decodes=sum(length == 1 for length in query_lens),
@@ -180,10 +181,10 @@ class PagedRun:
             row_invariant=row_invariant,
         )
         with torch.inference_mode():
-            positions_T = torch.from_numpy(np.concatenate(positions))
+            positions_T = torch.from_numpy(np.concatenate(positions)).to(self.device)
             normed_TD = self.vlm(torch.cat(hidden), positions_T, self.kv, layout)
             for case, logits_TV in zip(order, self.vlm.logits(normed_TD).split(query_lens), strict=True):
-                self.logits[case].append(logits_TV)
+                self.logits[case].append(logits_TV.cpu())
         for case in order:
             self.done[case] += lengths[case]
 

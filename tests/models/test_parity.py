@@ -155,3 +155,15 @@ def test_pictures_matter_and_their_order_too(both: Both) -> None:
         run.finish(1000)
         assert (run.result(0) - expected).abs().max() <= TOLERANCE
         assert (expected - both.expected[5]).abs().max() > 10 * TOLERANCE
+
+
+@pytest.mark.gpu
+def test_a_gpu_computes_the_same(both: Both, tmp_path: Path) -> None:
+    both.theirs.save_pretrained(tmp_path)
+    ours = load(tmp_path, device="cuda")
+    for row_invariant in (False, True):
+        run = PagedRun(ours, both.cases)
+        while any(run.done[index] < len(case) for index, case in enumerate(both.cases)):
+            left = {index: len(case) - run.done[index] for index, case in enumerate(both.cases)}
+            run.step({index: min(7, count) for index, count in left.items() if count}, row_invariant=row_invariant)
+        both.check(run)
