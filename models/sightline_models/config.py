@@ -4,11 +4,13 @@ Knows the fields of LLaVA checkpoints in Hugging Face layout, both generations o
 that transformers gives to fields left out. Knows no tensors (and imports no torch), no pixels, no text.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from sightline_models.checkpoint_fields import CheckpointError as CheckpointError
+from sightline_models.checkpoint_fields import Fields
 
 ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -33,10 +35,6 @@ _ARCHITECTURE_ADVICE: Mapping[str, str] = {
     "LlavaOnevisionForConditionalGeneration": "LLaVA-OneVision tiles its pictures, which this release can't do",
     "LlamaForCausalLM": "this is a text model without a vision tower",
 }
-
-
-class CheckpointError(ValueError):
-    """A checkpoint folder that can't be served; the sentence names the file or field, and the fix."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +160,7 @@ class Normalization:
 
 def read_config(folder: Path) -> VlmConfig:
     """Read ``config.json``; raises CheckpointError for whatever this release can't run exactly."""
-    top = _Fields.of_file(folder / "config.json", "a checkpoint in Hugging Face layout has one beside its weights")
+    top = Fields.of_file(folder / "config.json", "a checkpoint in Hugging Face layout has one beside its weights")
     architecture = _check_kind(top)
     vision = _read_vision(top)
     decoder = _read_decoder(top)
@@ -213,7 +211,7 @@ def read_generation_defaults(folder: Path, config: VlmConfig) -> GenerationDefau
     path = folder / "generation_config.json"
     if not path.exists():
         return GenerationDefaults(1.0, 1.0, 0, 1.0, config.eos_token_ids)
-    fields = _Fields.of_file(path, "")
+    fields = Fields.of_file(path, "")
     eos_token_ids = _token_ids(fields, fields.get("eos_token_id", None)) or config.eos_token_ids
     penalty = fields.number("repetition_penalty", 1.0)
     if not fields.flag("do_sample", False):
@@ -227,7 +225,7 @@ def read_generation_defaults(folder: Path, config: VlmConfig) -> GenerationDefau
     )
 
 
-def _check_kind(top: "_Fields") -> str:
+def _check_kind(top: Fields) -> str:
     for fields in (top, top.section("text_config"), top.section("vision_config")):
         if fields.get("auto_map", None):
             raise CheckpointError(
@@ -250,7 +248,7 @@ def _check_kind(top: "_Fields") -> str:
     return architecture
 
 
-def _read_vision(top: "_Fields") -> VisionConfig:
+def _read_vision(top: Fields) -> VisionConfig:
     fields = top.section("vision_config", _LLAVA_VISION)
     fields.choice("model_type", "clip_vision_model", ("clip_vision_model",))
     fields.choice("num_channels", 3, (3,))
@@ -271,7 +269,7 @@ def _read_vision(top: "_Fields") -> VisionConfig:
     return vision
 
 
-def _read_decoder(top: "_Fields") -> DecoderConfig:
+def _read_decoder(top: Fields) -> DecoderConfig:
     fields = top.section("text_config")
     fields.choice("model_type", "llama", ("llama",))
     hidden_size = fields.integer("hidden_size", 4096)
@@ -304,7 +302,7 @@ def _read_decoder(top: "_Fields") -> DecoderConfig:
     )
 
 
-def _read_rope(text: "_Fields", max_positions: int) -> RopeConfig:
+def _read_rope(text: Fields, max_positions: int) -> RopeConfig:
     """Both generations: ``rope_theta`` beside ``rope_scaling``, and ``rope_parameters`` that holds it all."""
     # An old-style rope_scaling, when given, is what transformers believes.
     name = "rope_scaling" if text.get("rope_scaling", None) else "rope_parameters"
@@ -329,7 +327,7 @@ def _read_rope(text: "_Fields", max_positions: int) -> RopeConfig:
     return RopeConfig(theta=theta)
 
 
-def _read_dtype(top: "_Fields", text: "_Fields") -> str:
+def _read_dtype(top: Fields, text: Fields) -> str:
     for fields in (top, text):
         for name in ("dtype", "torch_dtype"):
             if fields.get(name, None) is not None:
@@ -337,74 +335,8 @@ def _read_dtype(top: "_Fields", text: "_Fields") -> str:
     return "float32"
 
 
-def _token_ids(fields: "_Fields", value: Any) -> tuple[int, ...]:
+def _token_ids(fields: Fields, value: Any) -> tuple[int, ...]:
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in ids):
         raise fields.error("eos_token_id", value, "a token id or a list of them")
     return tuple(ids)
-
-
-@dataclass(frozen=True)
-class _Fields:
-    """A JSON object with the names that its errors need."""
-
-    file: Path
-    prefix: str
-    values: Mapping[str, Any]
-
-    @classmethod
-    def of_file(cls, path: Path, why: str) -> "_Fields":
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing: {why}")
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"{path} is not valid JSON: {error}; fetch the file again") from error
-        if not isinstance(values, dict):
-            raise CheckpointError(f"{path} must hold a JSON object, not a {type(values).__name__}")
-        return cls(path, "", values)
-
-    def section(self, name: str, default: Mapping[str, Any] | None = None) -> "_Fields":
-        values = self.values.get(name)
-        if values is None:
-            values = default or {}
-        if not isinstance(values, Mapping):
-            raise self.error(name, values, "an object")
-        return _Fields(self.file, f"{self.prefix}{name}.", values)
-
-    def get(self, name: str, default: Any) -> Any:
-        return self.values.get(name, default)
-
-    def where(self, name: str) -> str:
-        return f"{self.file}: {self.prefix}{name}"
-
-    def error(self, name: str, value: Any, wanted: str) -> CheckpointError:
-        return CheckpointError(f"{self.where(name)} is {value!r}; it must be {wanted}")
-
-    def integer(self, name: str, default: int | None = None, *, least: int = 1) -> int:
-        value = self._given(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise self.error(name, value, f"a whole number of at least {least}")
-        return value
-
-    def number(self, name: str, default: float | None = None) -> float:
-        value = self._given(name, default)
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise self.error(name, value, "a number")
-        return float(value)
-
-    def flag(self, name: str, default: bool) -> bool:
-        value = self._given(name, default)
-        if not isinstance(value, bool):
-            raise self.error(name, value, "true or false")
-        return value
-
-    def choice(self, name: str, default: Any, choices: tuple[Any, ...]) -> Any:
-        value = self._given(name, default)
-        if value not in choices:
-            raise self.error(name, value, f"{', '.join(map(str, choices))} for this release")
-        return value
-
-    def _given(self, name: str, default: Any) -> Any:
-        value = self.values.get(name)
-        return default if value is None else value
