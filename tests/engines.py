@@ -41,7 +41,9 @@ def make_engine(model: Vlm, *, device: str = "cpu", **bounds: Any) -> Engine:
         "encoder_cache_bytes": 2**24,
     }
     dtype = next(model.parameters()).dtype
-    return assemble(model, EngineConfig(**values | bounds), device=torch.device(device), dtype=dtype)
+    threads = bounds.pop("threads", 1)
+    config = EngineConfig(**values | bounds)
+    return assemble(model, config, device=torch.device(device), dtype=dtype, threads=threads)
 
 
 def picture(size: int, seed: int) -> Pixels:

@@ -65,7 +65,7 @@ class Settings:
     device: str = _row("auto", "auto, cpu, cuda or cuda:N.", section="Engine")
     threads: int = _row(
         0,
-        "CPU threads for the engine. 0: the cores this process may use, less one for everything else.",
+        "Most CPU threads for one engine step. 0: the cores this process may use.",
         section="Engine",
         minimum=0,
     )

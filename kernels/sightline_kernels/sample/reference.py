@@ -11,34 +11,31 @@ from torch import Tensor
 # Philox4x32-10: Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
 _MASK = 0xFFFFFFFF
 
 
-def philox(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor], rounds: int = 10
-) -> list[Tensor]:
+def philox(even: Tensor, odd: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """Philox4x32: four words of random bits for each counter.
 
     Args:
-        counter: four int64 tensors of one broadcastable shape, each word in [0, 2**32).
-        key: two int64 tensors that broadcast against the counter, each word in [0, 2**32).
+        even: int64 [2, ...], words 0 and 2 of each counter, in [0, 2**32).
+        odd: int64 [2, ...], words 1 and 3.
+        key: int64 [2, ...] that broadcasts against the counters, in [0, 2**32).
 
     Returns:
-        Four int64 tensors with words in [0, 2**32).
+        Words 0 and 2, and words 1 and 3, of the output, shaped like the counters.
     """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(rounds):
-        # The low 64 bits of a product of two 32-bit words are exact in int64 although its sign may turn.
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
-            p1 & _MASK,
-            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
-            p0 & _MASK,
-        )
-        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-    return [c0, c1, c2, c3]
+    column = (2,) + (1,) * (even.dim() - 1)
+    multiplier = torch.tensor(_MULTIPLIERS, device=even.device).view(column)
+    step = torch.arange(_ROUNDS, device=even.device).view(-1, *(1 for _ in column))
+    weyl = torch.tensor(_WEYL, device=even.device).view(column)
+    for round_key in ((key + step * weyl) & _MASK).unbind():
+        # The product of two 32-bit words is exact in int64's 64 bits, although its sign may turn.
+        product = (even * multiplier).flip(0)
+        even = (product >> 32).bitwise_and_(_MASK).bitwise_xor_(odd).bitwise_xor_(round_key)
+        odd = product.bitwise_and_(_MASK)
+    return even, odd
 
 
 def gumbel_noise(seed_B: Tensor, choice_B: Tensor, position_B: Tensor, vocab_size: int) -> Tensor:
@@ -48,16 +45,16 @@ def gumbel_noise(seed_B: Tensor, choice_B: Tensor, position_B: Tensor, vocab_siz
         seed_B: int64, the 64 bits of an unsigned seed.
         choice_B, position_B: int64 in [0, 2**32).
     """
-    seed_B1 = seed_B[:, None]
-    quad_1Q = torch.arange(-(-vocab_size // 4), device=seed_B.device)[None, :]
-    words = philox(
-        (quad_1Q, position_B[:, None], choice_B[:, None], torch.zeros_like(quad_1Q)),
-        (seed_B1 & _MASK, (seed_B1 >> 32) & _MASK),
-    )
-    bits_BV = torch.stack(words, dim=-1).flatten(1)[:, :vocab_size]
-    # float64, so that no word rounds to 0 or 1.
-    uniform_BV = (bits_BV.double() + 0.5) * 2.0**-32
-    return -(-uniform_BV.log()).log().float()
+    num_quads = -(-vocab_size // 4)
+    quads = torch.arange(num_quads, device=seed_B.device).expand(len(seed_B), num_quads)
+    even = torch.stack((quads, choice_B[:, None].expand_as(quads)))
+    odd = torch.stack((position_B[:, None].expand_as(quads), torch.zeros_like(quads)))
+    key = torch.stack((seed_B, seed_B >> 32))[:, :, None] & _MASK
+    words_02, words_13 = philox(even, odd, key)
+    bits_BV = torch.stack((words_02, words_13), dim=1).flatten(0, 1).permute(1, 2, 0).flatten(1)[:, :vocab_size]
+    # 1 - uniform, in (0, 1]: where it is small, float32 holds it to full precision, and there the largest noise is.
+    rest_BV = (bits_BV.float() + 0.5).mul_(2.0**-32)
+    return rest_BV.neg_().log1p_().neg_().log_().neg_()
 
 
 def filter_logits(logits_BV: Tensor, top_k_B: Tensor, top_p_B: Tensor, min_p_B: Tensor) -> Tensor:

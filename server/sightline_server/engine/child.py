@@ -23,6 +23,15 @@ from sightline_models.images import Pixels
 from sightline_server.engine import wire
 from sightline_server.settings import ENV_PREFIX
 
+# What only the process's start can set, for an engine on a CPU. The operator's own environment wins.
+ENGINE_ENVIRONMENT = {
+    # A waiting thread spins for microseconds and then sleeps: spinning on starves whoever it waits for on a busy core.
+    "GOMP_SPINCOUNT": "10000",
+    # Freed memory is kept for the next step: giving it back means clearing every page of it anew.
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
+}
+
 log = logging.getLogger(__name__)
 
 
@@ -90,8 +99,7 @@ class ChildProcess:
                 stdin=asyncio.subprocess.DEVNULL,
                 # Libraries print there what belongs into a log.
                 stdout=sys.__stderr__.fileno() if sys.__stderr__ else asyncio.subprocess.DEVNULL,
-                # Threads that wait by spinning starve the ones they wait for when cores are shared.
-                env={"OMP_WAIT_POLICY": "PASSIVE"}
+                env=ENGINE_ENVIRONMENT
                 | {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)},
             )
         except BaseException:

@@ -16,6 +16,7 @@ from torch import Tensor
 from sightline_models.config import VlmConfig, read_config
 from sightline_models.images import read_preprocess_config
 from sightline_models.kv import KvPool
+from sightline_models.parameter_count import count_parameters
 from sightline_models.vlm import Vlm
 from sightline_models.weights import load_vlm, random_vlm
 from sightline_server.engine.batch import build_batch
@@ -23,6 +24,7 @@ from sightline_server.engine.blocks import BlockPool
 from sightline_server.engine.engine import Engine
 from sightline_server.engine.runner import Runner
 from sightline_server.engine.scheduler import Scheduler
+from sightline_server.engine.threads import ThreadChooser
 from sightline_server.engine.types import (
     EngineConfig,
     EngineInfo,
@@ -49,8 +51,10 @@ def load_engine(folder: Path, settings: Settings, progress: Progress) -> tuple[E
     """
     began = time.monotonic()
     device = choose_device(settings.device)
+    # Deterministic steps are small, and their arithmetic must not change with what else the machine does.
+    threads = settings.threads or (1 if settings.deterministic else len(os.sched_getaffinity(0)))
     if device.type == "cpu":
-        torch.set_num_threads(settings.threads or default_threads())
+        torch.set_num_threads(threads)
     config = read_config(folder)
     dtype = choose_dtype(settings.dtype, config, device)
     normalization = read_preprocess_config(folder, config).normalization
@@ -71,7 +75,7 @@ def load_engine(folder: Path, settings: Settings, progress: Progress) -> tuple[E
         progress("sizing the cache", 0.0)
         num_blocks = _count_blocks(model, config, settings, device, dtype, limits)
         engine_config = _fit_to_cache(config, settings, limits, num_blocks)
-        engine = assemble(model, engine_config, device=device, dtype=dtype)
+        engine = assemble(model, engine_config, device=device, dtype=dtype, threads=threads)
     except torch.OutOfMemoryError as error:
         raise SettingsError(
             f"The weights in {str(dtype).removeprefix('torch.')} and one full step don't fit {_device_name(device)}. "
@@ -81,7 +85,7 @@ def load_engine(folder: Path, settings: Settings, progress: Progress) -> tuple[E
     info = EngineInfo(
         device=_device_name(device),
         dtype=str(dtype).removeprefix("torch."),
-        parameters=sum(tensor.numel() for tensor in model.parameters()),
+        parameters=count_parameters(config).total,
         weight_bytes=sum(tensor.nbytes for tensor in weights),
         num_blocks=engine_config.num_blocks,
         block_size=engine_config.block_size,
@@ -100,15 +104,16 @@ def load_engine(folder: Path, settings: Settings, progress: Progress) -> tuple[E
     return engine, info
 
 
-def assemble(model: Vlm, config: EngineConfig, *, device: torch.device, dtype: torch.dtype) -> Engine:
-    """An engine around a loaded model, with a cache as ``config`` says."""
+def assemble(model: Vlm, config: EngineConfig, *, device: torch.device, dtype: torch.dtype, threads: int = 1) -> Engine:
+    """An engine around a loaded model, with a cache as ``config`` says; on a CPU, steps use at most ``threads``."""
     kv = _allocate_cache(model.config, config.num_blocks, config.block_size, device, dtype)
     blocks = BlockPool(config.num_blocks, caching=config.prefix_caching)
     vision: VisionCache[Tensor] = VisionCache(config.encoder_cache_bytes)
     scheduler = Scheduler(
         config, blocks, vision, max_images_per_step=max_images_per_step(model.config, config.max_step_tokens)
     )
-    return Engine(Runner(model, kv, vision, config, device), scheduler, blocks, config)
+    runner = Runner(model, kv, vision, config, device, ThreadChooser(threads))
+    return Engine(runner, scheduler, blocks, config)
 
 
 def max_images_per_step(config: VlmConfig, max_step_tokens: int) -> int:
@@ -130,15 +135,6 @@ def choose_device(name: str) -> torch.device:
         if device.index >= torch.cuda.device_count():
             raise SettingsError(f"--device {name}: this machine has {torch.cuda.device_count()} GPU(s).")
     return device
-
-
-def default_threads() -> int:
-    """All cores this process may use but one, which the HTTP side and image decoding need.
-
-    Threads that share a core with another busy process wait for each other at every operation: on two cores, two
-    threads were many times slower than one as soon as requests came in (docs/log.md, 2026-11-20).
-    """
-    return max(1, len(os.sched_getaffinity(0)) - 1)
 
 
 def choose_dtype(name: str, config: VlmConfig, device: torch.device) -> torch.dtype:

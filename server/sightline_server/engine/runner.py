@@ -3,6 +3,7 @@
 Holds the model, the cache tensors and the encoder cache. Knows no waiting line and no request's end.
 """
 
+import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 
@@ -15,6 +16,7 @@ from sightline_models.kv import KvPool
 from sightline_models.vlm import Vlm
 from sightline_server.engine.batch import StepBatch, build_batch, passes_of_equal_shape
 from sightline_server.engine.sampler import Sampled, choose_tokens
+from sightline_server.engine.threads import ThreadChooser
 from sightline_server.engine.types import EngineConfig, Slice, StepPlan
 from sightline_server.engine.vision_cache import VisionCache
 
@@ -23,7 +25,13 @@ class Runner:
     """The device's side of the engine."""
 
     def __init__(
-        self, model: Vlm, kv: KvPool, vision: VisionCache[Tensor], config: EngineConfig, device: torch.device
+        self,
+        model: Vlm,
+        kv: KvPool,
+        vision: VisionCache[Tensor],
+        config: EngineConfig,
+        device: torch.device,
+        threads: ThreadChooser,
     ) -> None:
         """``kv`` holds one block more than ``config.num_blocks``: the last is scratch for padding rows."""
         self._model = model
@@ -31,6 +39,7 @@ class Runner:
         self._vision = vision
         self._config = config
         self._device = device
+        self._threads = threads
 
     @torch.inference_mode()
     def run(self, plan: StepPlan, pixels: Mapping[bytes, Pixels]) -> list[Sampled]:
@@ -38,6 +47,17 @@ class Runner:
 
         Raises torch.OutOfMemoryError when the device is full; the cache then holds nothing new that is published.
         """
+        if self._device.type != "cpu" or self._config.deterministic:
+            return self._run(plan, pixels)
+        rows = plan.num_tokens + len(plan.encode) * self._model.config.num_image_tokens
+        threads = self._threads.choose(rows)
+        torch.set_num_threads(threads)
+        began = time.perf_counter()
+        sampled = self._run(plan, pixels)
+        self._threads.took(rows, threads, time.perf_counter() - began)
+        return sampled
+
+    def _run(self, plan: StepPlan, pixels: Mapping[bytes, Pixels]) -> list[Sampled]:
         self._encode(plan.encode, pixels)
         sampling = [piece.sequence for piece in plan.slices if piece.samples]
         if not self._config.deterministic:

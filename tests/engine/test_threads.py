@@ -1,0 +1,41 @@
+"""The choice of threads follows what steps of a size have lately cost."""
+
+from collections import Counter
+from collections.abc import Callable
+
+from sightline_server.engine.threads import FEW_ROWS, PROBE_EVERY, ThreadChooser
+
+
+def choices(chooser: ThreadChooser, rows: int, cost: Callable[[int], float], steps: int) -> Counter[int]:
+    made: Counter[int] = Counter()
+    for _ in range(steps):
+        threads = chooser.choose(rows)
+        made[threads] += 1
+        chooser.took(rows, threads, cost(threads))
+    return made
+
+
+def test_few_rows_and_single_cores_get_one() -> None:
+    assert choices(ThreadChooser(4), FEW_ROWS - 1, lambda threads: 1 / threads, 20) == {1: 20}
+    assert choices(ThreadChooser(1), 1000, lambda threads: 1.0, 20) == {1: 20}
+
+
+def test_free_cores_are_used_and_busy_ones_left() -> None:
+    assert choices(ThreadChooser(2), 16, lambda threads: 1 / threads, 200)[2] > 180
+    assert choices(ThreadChooser(2), 16, lambda threads: float(threads), 200)[1] > 180
+
+
+def test_it_follows_when_the_machine_changes() -> None:
+    chooser = ThreadChooser(2)
+    choices(chooser, 16, lambda threads: 1 / threads, 100)
+    busy = choices(chooser, 16, lambda threads: 5.0 * threads, 2 * PROBE_EVERY)
+    assert busy[1] > PROBE_EVERY
+    free = choices(chooser, 16, lambda threads: 1 / threads, 20 * PROBE_EVERY)
+    assert free[2] > 10 * PROBE_EVERY
+
+
+def test_sizes_are_told_apart() -> None:
+    chooser = ThreadChooser(2)
+    choices(chooser, 512, lambda threads: 1 / threads, 100)
+    assert choices(chooser, 16, lambda threads: float(threads), 100)[1] > 90
+    assert choices(chooser, 512, lambda threads: 1 / threads, 100)[2] > 90
