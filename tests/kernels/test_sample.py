@@ -2,7 +2,7 @@
 
 import torch
 
-from sightline_kernels.sample.reference import filter_logits, gumbel_noise, philox, sample
+from sightline_kernels.sample.reference import GROUP, filter_logits, gumbel_noise, philox, sample
 
 
 def test_philox_gives_the_authors_known_answers() -> None:
@@ -56,6 +56,29 @@ def test_draws_follow_the_softmax() -> None:
     share = torch.bincount(tokens, minlength=5) / rows
     assert (share - logits[0].softmax(0)).abs().max() < 0.012
     assert share[4] == 0
+
+
+def test_draws_follow_the_softmax_across_groups() -> None:
+    rows, vocab = 60_000, 3 * GROUP + 7
+    logits = torch.randn(vocab, generator=torch.Generator().manual_seed(3)) * 2
+    logits[GROUP : GROUP + 40] = -torch.inf
+    zeros = torch.zeros(rows, dtype=torch.int64)
+    tokens = sample(logits.expand(rows, -1), torch.ones(rows), torch.arange(rows), zeros, zeros)
+    share, expected = torch.bincount(tokens, minlength=vocab) / rows, logits.softmax(0)
+    assert share.shape == (vocab,)
+    assert not share[logits == -torch.inf].any()
+    # Pearson's statistic has mean ``cells - 1`` and variance twice that; five deviations leave no doubt.
+    cells = expected * rows > 5
+    statistic = ((share - expected)[cells] ** 2 / expected[cells]).sum() * rows
+    freedom = int(cells.sum())
+    assert abs(float(statistic) - freedom) < 5 * (2 * freedom) ** 0.5
+
+
+def test_a_whole_group_may_be_forbidden() -> None:
+    logits = torch.full((1, 2 * GROUP), -torch.inf)
+    logits[0, GROUP + 3] = 1.0
+    zeros = torch.zeros(1, dtype=torch.int64)
+    assert sample(logits, torch.ones(1), zeros, zeros, zeros).tolist() == [GROUP + 3]
 
 
 def test_temperature_zero_is_argmax_beside_sampled_rows() -> None:

@@ -10,6 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sightline_kernels.layout import PagedLayout
+from sightline_kernels.paged_attention.by_blocks import (
+    BlockKeys,
+    attend_by_blocks,
+    can_attend_by_blocks,
+    locate_blocks,
+)
 from sightline_kernels.paged_attention.in_place import RowKeys, attend_in_place, can_attend_in_place, locate_keys
 
 INVARIANT_KEYS = 256
@@ -50,6 +56,11 @@ def _decode_rows(
             layout.memo["decode_keys"] = keys
         return attend_in_place(q_BHD, k_cache_NPGD, v_cache_NPGD, keys, scale)
     num_kv_heads = k_cache_NPGD.shape[2]
+    if can_attend_by_blocks(q_BHD, num_kv_heads):
+        blocks: BlockKeys | None = layout.memo.get("decode_blocks")
+        if blocks is None:
+            blocks = layout.memo["decode_blocks"] = locate_blocks(layout, num_heads, k_cache_NPGD)
+        return attend_by_blocks(q_BHD, k_cache_NPGD, v_cache_NPGD, blocks, scale)
     slots_BK, mask_B11K = _decode_slots(layout)
     k_BGKD = k_cache_NPGD.flatten(0, 1)[slots_BK].transpose(1, 2)
     v_BGKD = v_cache_NPGD.flatten(0, 1)[slots_BK].transpose(1, 2)

@@ -2,11 +2,15 @@
 
 Knows logits and numbers. Knows nothing of requests, penalties or stop tokens.
 
-Shape suffixes: B rows, V vocabulary.
+Shape suffixes: B rows, V vocabulary, G groups of E tokens, X places that noise is drawn for.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+GROUP = 64
+"""Neighbouring tokens that are first drawn as one."""
 
 # Philox4x32-10: Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -38,23 +42,23 @@ def philox(even: Tensor, odd: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     return even, odd
 
 
-def gumbel_noise(seed_B: Tensor, choice_B: Tensor, position_B: Tensor, vocab_size: int) -> Tensor:
-    """Standard Gumbel noise [B, V] float32, a function of (seed, choice, position, token id) alone.
+def gumbel_noise(seed_B: Tensor, choice_B: Tensor, position_B: Tensor, places: int) -> Tensor:
+    """Standard Gumbel noise [B, X = places] float32, a function of (seed, choice, position, place) alone.
 
     Args:
         seed_B: int64, the 64 bits of an unsigned seed.
         choice_B, position_B: int64 in [0, 2**32).
     """
-    num_quads = -(-vocab_size // 4)
+    num_quads = -(-places // 4)
     quads = torch.arange(num_quads, device=seed_B.device).expand(len(seed_B), num_quads)
     even = torch.stack((quads, choice_B[:, None].expand_as(quads)))
     odd = torch.stack((position_B[:, None].expand_as(quads), torch.zeros_like(quads)))
     key = torch.stack((seed_B, seed_B >> 32))[:, :, None] & _MASK
     words_02, words_13 = philox(even, odd, key)
-    bits_BV = torch.stack((words_02, words_13), dim=1).flatten(0, 1).permute(1, 2, 0).flatten(1)[:, :vocab_size]
+    bits_BX = torch.stack((words_02, words_13), dim=1).flatten(0, 1).permute(1, 2, 0).flatten(1)[:, :places]
     # 1 - uniform, in (0, 1]: where it is small, float32 holds it to full precision, and there the largest noise is.
-    rest_BV = (bits_BV.float() + 0.5).mul_(2.0**-32)
-    return rest_BV.neg_().log1p_().neg_().log_().neg_()
+    rest_BX = (bits_BX.float() + 0.5).mul_(2.0**-32)
+    return rest_BX.neg_().log1p_().neg_().log_().neg_()
 
 
 def filter_logits(logits_BV: Tensor, top_k_B: Tensor, top_p_B: Tensor, min_p_B: Tensor) -> Tensor:
@@ -82,13 +86,21 @@ def filter_logits(logits_BV: Tensor, top_k_B: Tensor, top_p_B: Tensor, min_p_B: 
 
 
 def sample(logits_BV: Tensor, temperature_B: Tensor, seed_B: Tensor, choice_B: Tensor, position_B: Tensor) -> Tensor:
-    """Token ids [B] int64: argmax where the temperature is 0, a draw from softmax(logits) elsewhere (Gumbel-max).
+    """Token ids [B] int64: argmax where the temperature is 0, a draw from softmax(logits) elsewhere.
+
+    The draw is Gumbel-max in two steps, first of a group of neighbouring tokens by its total probability, then of a
+    token in it: the same distribution from far less noise than one number a token.
 
     Args:
         logits_BV: float32, temperature and filters applied.
         temperature_B: float32; only whether it is 0 matters here.
         seed_B, choice_B, position_B: see ``gumbel_noise``.
     """
-    noise_BV = gumbel_noise(seed_B, choice_B, position_B, logits_BV.shape[1])
-    noise_BV = noise_BV.masked_fill((temperature_B == 0)[:, None], 0.0)
-    return (logits_BV + noise_BV).argmax(dim=-1)
+    num_rows, vocab_size = logits_BV.shape
+    num_groups = -(-vocab_size // GROUP)
+    logits_BGE = F.pad(logits_BV, (0, num_groups * GROUP - vocab_size), value=-torch.inf).view(num_rows, -1, GROUP)
+    noise_BX = gumbel_noise(seed_B, choice_B, position_B, num_groups + GROUP)
+    group_B = (logits_BGE.logsumexp(dim=-1) + noise_BX[:, :num_groups]).argmax(dim=-1)
+    chosen_BE = logits_BGE.gather(1, group_B[:, None, None].expand(-1, 1, GROUP))[:, 0]
+    drawn_B = group_B * GROUP + (chosen_BE + noise_BX[:, num_groups:]).argmax(dim=-1)
+    return torch.where(temperature_B == 0, logits_BV.argmax(dim=-1), drawn_B)
