@@ -30,6 +30,12 @@ from benchmarks.servers import Server, ServerError, bench, free_port, running, s
 
 STREAMS = 16
 INPUT_LEN, OUTPUT_LEN = 64, 128
+SYSTEMS = {
+    "single": "1 stream",
+    "many": f"{STREAMS} streams",
+    "peer_untuned": f"transformers serve, {STREAMS}",
+    "peer": f"the same, tuned, {STREAMS}",
+}
 TARGETS = {"demo": (5.0, 8.0), "llava-45m": (3.0, 8.0)}
 """How many times one stream of ours, and how many times the peer, STREAMS of ours must bring."""
 
@@ -59,7 +65,7 @@ class Outcome:
     configs: dict[str, Any] = field(default_factory=dict)
     """For each side the variant that competes, and what every variant gave when tried."""
     rates: dict[str, dict[str, list[float]]] = field(default_factory=lambda: {measure: {} for measure in MEASURES})
-    """By measure and system (``single``, ``many``, ``peer``), a figure a round."""
+    """By measure and system (one of ``SYSTEMS``), a figure a round."""
     runs: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, system: str, turn: int, summary: dict[str, Any]) -> None:
@@ -75,10 +81,11 @@ class Outcome:
 
     def to_json(self) -> dict[str, Any]:
         told: dict[str, Any] = {"model": self.model, "configs": self.configs}
-        targets = dict(zip(("single", "peer"), TARGETS.get(self.model, ()), strict=False))
+        single, peer = TARGETS.get(self.model, (None, None))
+        targets = {"single": single, "peer": peer, "peer_untuned": peer}
         for measure, rates in self.rates.items():
             told[measure] = {system: {**spread(values), "rounds": values} for system, values in rates.items()}
-            for other in ("single", "peer"):
+            for other in targets:
                 if ratios := self.ratios(measure, other):
                     told[measure][f"many_over_{other}"] = {**spread(ratios), "target": targets.get(other)}
         told["runs"] = self.runs
@@ -112,7 +119,7 @@ def checkpoint(name: str) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to start a side: its precision (the peer's flag; ours is not varied) and its torch threads."""
+    """One way to start a side: its precision and its torch threads."""
 
     side: str
     dtype: str
@@ -124,8 +131,10 @@ class Variant:
         return {} if self.threads == "default" else {"OMP_NUM_THREADS": self.threads}
 
 
-OURS = [Variant("ours", "auto", threads) for threads in ("default", "1")]
+OURS = [Variant("ours", dtype, threads) for dtype in ("auto", "bfloat16") for threads in ("default", "1")]
 PEERS = [Variant("peer", dtype, threads) for dtype in transformers_serve.DTYPES for threads in ("default", "1")]
+UNTUNED = Variant("peer", "auto", "default")
+"""The peer as its manual starts it; the other one has the precision and the threads that were fastest here."""
 
 
 @contextlib.contextmanager
@@ -149,7 +158,7 @@ def choose(variants: list[Variant], folder: Path, serve_flags: list[str], consol
         with started(variant, folder, serve_flags) as server:
             _ask(server, variant.side, prompts=1, streams=1, output_len=8)
             rate = _rate(_ask(server, variant.side, prompts=4, streams=4, output_len=OUTPUT_LEN // 2))
-        console.print(f"  tried {server.name}, {variant.threads} threads: {rate:,.0f} tokens/s")
+        console.print(f"  tried {server.name}, {variant.dtype}, {variant.threads} threads: {rate:,.0f} tokens/s")
         tried.append({**dataclasses.asdict(variant), "output_tokens_per_s": rate})
     return {"best": max(tried, key=lambda one: float(one["output_tokens_per_s"])), "tried": tried}
 
@@ -166,11 +175,14 @@ def measure(name: str, size: Size, with_peer: bool, serve_flags: list[str], cons
             chosen = outcome.configs[side] = choose(variants, where, serve_flags, console)
             best = Variant(*(chosen["best"][key] for key in ("side", "dtype", "threads")))
             servers[side] = stack.enter_context(started(best, where, serve_flags))
-            _ask(servers[side], side, prompts=STREAMS, streams=STREAMS, output_len=8)
-        order = ["single", "many", *(["peer"] if with_peer else [])]
+        if with_peer:
+            servers["peer_untuned"] = stack.enter_context(started(UNTUNED, linked, serve_flags))
+        for side, server in servers.items():
+            _ask(server, side, prompts=STREAMS, streams=STREAMS, output_len=8)
+        order = [system for system in SYSTEMS if with_peer or not system.startswith("peer")]
         for turn in range(size.rounds):
             for system in order if turn % 2 == 0 else reversed(order):
-                side = "peer" if system == "peer" else "ours"
+                side = system if system.startswith("peer") else "ours"
                 prompts, streams = (size.prompts_single, 1) if system == "single" else (size.prompts_many, STREAMS)
                 summary = _ask(servers[side], side, prompts=prompts, streams=streams, output_len=OUTPUT_LEN)
                 outcome.add(system, turn, summary)
@@ -189,7 +201,7 @@ def _ask(server: Server, side: str, *, prompts: int, streams: int, output_len: i
         # Servers are warmed once: a warm-up inside each load would count in the processor time.
         warmup=0,
         # The peer refuses the field; its folder names no end token instead.
-        ignore_eos=side != "peer",
+        ignore_eos=not side.startswith("peer"),
     )
     if summary["counts"]["short"]:
         raise ServerError(f"{server.name} ended {summary['counts']['short']} answers early: the loads differ.")
@@ -202,17 +214,22 @@ def _rate(summary: dict[str, Any]) -> float:
 
 def table(measure: str, outcomes: list[Outcome]) -> Table:
     shown = Table(title=MEASURES[measure], title_justify="left")
-    for heading in ("model", "1 stream", f"{STREAMS} streams", "gain", f"peer, {STREAMS} streams", "gain"):
+    for heading in ("model", *SYSTEMS.values()):
         shown.add_column(heading, justify="left" if heading == "model" else "right")
     for outcome in outcomes:
-        rates = {system: f"{statistics.median(values):,.0f}" for system, values in outcome.rates[measure].items()}
-        gains = [_gain(outcome.ratios(measure, other)) for other in ("single", "peer")]
-        shown.add_row(outcome.model, rates["single"], rates["many"], gains[0], rates.get("peer", "-"), gains[1])
+        cells = []
+        for system in SYSTEMS:
+            values = outcome.rates[measure].get(system)
+            rate = f"{statistics.median(values):,.0f}" if values else "-"
+            gain = "" if system == "many" or not values else f"\n{_gain(outcome.ratios(measure, system))}"
+            cells.append(rate + gain)
+        shown.add_row(outcome.model, *cells)
     return shown
 
 
 def _gain(ratios: list[float]) -> str:
-    return f"{statistics.median(ratios):.1f}x [{min(ratios):.1f}, {max(ratios):.1f}]" if ratios else "-"
+    """Our many streams over the system of this column."""
+    return f"x {statistics.median(ratios):.1f} [{min(ratios):.1f}, {max(ratios):.1f}]"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -246,7 +263,10 @@ def main(arguments: list[str] | None = None) -> int:
     document["models"] = [outcome.to_json() for outcome in outcomes]
     path = args.json or ROOT / "benchmarks/results" / f"cpu-{datetime.date.today():%Y-%m-%d}.json"
     path.write_text(json.dumps(document, indent=1) + "\n")
-    console.print(f"Own picture each, {INPUT_LEN} text tokens in, {OUTPUT_LEN} out; the peer is transformers serve")
+    console.print(
+        f"Own picture each, {INPUT_LEN} text tokens in, {OUTPUT_LEN} out. Below each rate: {STREAMS} streams of ours, "
+        "times that, as median [least, most] of the rounds."
+    )
     for measure_name in MEASURES:
         console.print(table(measure_name, outcomes))
     console.print(

@@ -60,6 +60,6 @@ def serving(
         "--host",
         "127.0.0.1",
     ]
-    name = f"transformers serve ({dtype})"
+    name = "transformers serve"
     with running(name, command, port=port, ready_path="/health", model=str(folder), environment=environment) as server:
         yield server
