@@ -78,6 +78,14 @@ def test_low_temperature_approaches_greedy_and_top_k_bounds_the_draw() -> None:
     assert {choose(row, make_sequence(temperature=5.0, top_k=3, seed=s)).token_id for s in range(60)} == set(best)
 
 
+@pytest.mark.parametrize("temperature", [1e-4, 1e-30, 1e-38, 1e-40, 5e-324])
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.9}, {"top_k": 5}])
+def test_a_temperature_next_to_nothing_is_greedy(temperature: float, filters: dict[str, Any]) -> None:
+    """Logits over a temperature so small overflow: several tokens would be infinitely likely, and the first win."""
+    row = logits(t3=20.0, t9=30.0, t40=25.0)
+    assert {choose(row, make_sequence(temperature=temperature, seed=s, **filters)).token_id for s in range(5)} == {9}
+
+
 def test_logprobs_are_those_of_the_unmodified_distribution() -> None:
     row = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(0))
     expected = row.log_softmax(-1)[0]

@@ -14,6 +14,9 @@ from torch import Tensor
 from sightline_kernels.sample.reference import filter_logits, sample
 from sightline_server.engine.types import Sequence, TopLogprob
 
+LEAST_TEMPERATURE = 1e-6
+"""Below it the draw is the likeliest token: divided by less, large logits overflow float32 and are all the same."""
+
 
 @dataclass(frozen=True)
 class Sampled:
@@ -74,10 +77,11 @@ def _penalize(row_V: Tensor, sequence: Sequence) -> None:
 
 def _draw(logits_SV: Tensor, sequences: Seq[Sequence]) -> Tensor:
     all_params = [sequence.request.sampling for sequence in sequences]
-    if all(params.temperature == 0 for params in all_params):
+    temperatures = [params.temperature if params.temperature >= LEAST_TEMPERATURE else 0.0 for params in all_params]
+    if not any(temperatures):
         return logits_SV.argmax(dim=-1)
     device = logits_SV.device
-    temperature_S = torch.tensor([params.temperature for params in all_params], device=device)
+    temperature_S = torch.tensor(temperatures, device=device)
     logits_SV = logits_SV / torch.where(temperature_S == 0, 1.0, temperature_S)[:, None]
     if any(params.top_k or params.top_p < 1 or params.min_p for params in all_params):
         logits_SV = filter_logits(
