@@ -185,6 +185,17 @@ def test_an_image_stays_pinned_while_its_tokens_are_cut_into_chunks() -> None:
     assert CAT not in house.vision
 
 
+def test_an_image_that_stands_twice_stays_pinned_through_its_second_place() -> None:
+    house = House(budget=10, encoder_cache_bytes=0)
+    house.pixels.add(CAT)
+    house.add("twins", 22, images=(ImageSpan(0, 8, CAT), ImageSpan(8, 8, CAT)))
+    first = house.step()
+    house.pixels.clear()
+    assert first.encode == (CAT,)
+    assert [shape(house.step()) for _ in range(2)] == [[("twins", 10, 10)], [("twins", 20, 2)]]
+    assert CAT not in house.vision
+
+
 def test_images_a_step_are_bounded() -> None:
     house = House()
     spans = tuple(ImageSpan(4 * i, 4, bytes([i]) * 32) for i in range(5))

@@ -104,9 +104,10 @@ class Scheduler:
                 for index in range(piece.start // size, end // size):
                     self._blocks.publish(sequence.blocks[index], sequence.block_hashes[index])
             if sequence.pinned:
-                for span in sequence.request.prompt.images:
-                    if span.start + span.length <= end:
-                        self._unpin(sequence, sequence.image_key(span))
+                # An image that stands twice may be done in one place and cut off in the other.
+                cut_off = {sequence.image_key(span) for span in _touched(sequence, end, 0)}
+                for key in sequence.pinned - cut_off:
+                    self._unpin(sequence, key)
 
     def check(self) -> None:
         """Assert that no block or pin is held by anything but a running sequence."""
