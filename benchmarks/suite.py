@@ -157,7 +157,9 @@ def choose(variants: list[Variant], folder: Path, serve_flags: list[str], consol
     for variant in variants:
         with started(variant, folder, serve_flags) as server:
             _ask(server, variant.side, prompts=1, streams=1, output_len=8)
-            rate = _rate(_ask(server, variant.side, prompts=4, streams=4, output_len=OUTPUT_LEN // 2))
+            # The peer takes requests one by one: a few of them tell its speed.
+            streams = STREAMS if variant.side == "ours" else 4
+            rate = _rate(_ask(server, variant.side, prompts=streams, streams=streams, output_len=OUTPUT_LEN // 2))
         console.print(f"  tried {server.name}, {variant.dtype}, {variant.threads} threads: {rate:,.0f} tokens/s")
         tried.append({**dataclasses.asdict(variant), "output_tokens_per_s": rate})
     return {"best": max(tried, key=lambda one: float(one["output_tokens_per_s"])), "tried": tried}

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from benchmarks.gpu import pack
 from benchmarks.machine import ROOT, child_environment, describe_machine, nvidia_smi
 
@@ -66,8 +68,12 @@ def run_stage(plan: Plan, out: Path, flags: list[str], limit_s: float) -> dict[s
 
     def end() -> None:
         ended_late.set()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        # Not by its session: the server of the load has one of its own.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            stage = psutil.Process(process.pid)
+            for each in (*stage.children(recursive=True), stage):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    each.kill()
 
     timer = threading.Timer(limit_s, end)
     timer.start()
@@ -79,7 +85,7 @@ def run_stage(plan: Plan, out: Path, flags: list[str], limit_s: float) -> dict[s
             said.append(line)
     code = process.wait()
     timer.cancel()
-    # What a stage left behind, such as a server of the load, goes with it.
+    # What a stage left behind goes with it.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"stage": plan.name}

@@ -7,6 +7,7 @@ results are saved after each figure, so that a stage that is cut short leaves wh
 import argparse
 import itertools
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -44,7 +45,10 @@ class Stage:
         """Add to the results and write them all."""
         self.results.update(results)
         if self._out is not None:
-            self._out.write_text(json.dumps(self.results, indent=1) + "\n")
+            # A stage may be ended at any moment: the file is always a whole one.
+            written = self._out.with_suffix(".part")
+            written.write_text(json.dumps(self.results, indent=1) + "\n")
+            os.replace(written, self._out)
 
     def say(self, line: str) -> None:
         print(f"[{self.name}] {line}", flush=True)

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import ctypes
 import faulthandler
+import gc
 import importlib
 import logging
 import os
@@ -105,6 +106,9 @@ class EngineLoop:
             raise Stopped
         logs.configure(command.settings)
         engine, info = factory(Path(command.folder), command.settings, self._progress)
+        # What was loaded stays: the collector need not look through torch again and again between steps.
+        gc.collect()
+        gc.freeze()
         self._send(wire.Ready(info))
         return engine
 
