@@ -5,6 +5,7 @@ pictures in float32. Greedy tokens are equal up to the first position where the 
 closer than twice the tolerance.
 """
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 from engines import CLIP, Album, Answer, make_engine, make_prompt, make_request, picture, run
-from transformers import LlavaForConditionalGeneration
+from PIL import ExifTags, Image, ImageOps
+from transformers import AutoImageProcessor, LlavaForConditionalGeneration
 
 import sightline_server.engine.runner as runner_module
 from sightline_models.config import read_config
+from sightline_models.images import decode_image, prepare, read_preprocess_config
 from sightline_models.tiny import write_checkpoint
 from sightline_models.vlm import Vlm
 from sightline_models.weights import load_vlm
@@ -69,6 +72,7 @@ class Pair:
     """One checkpoint, loaded by us and by transformers."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.ours = load_vlm(folder, read_config(folder), CLIP, dtype=torch.float32, device=torch.device("cpu"))
         self.theirs = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
 
@@ -200,3 +204,43 @@ def test_pictures_that_differ_in_one_region_or_in_order_change_logits_as_in_tran
         assert_equal(pair, requests, answers, recorder, album)
     firsts = [recorder.rows[name, 0] for name in orders]
     assert min((firsts[i] - firsts[j]).abs().max().item() for i, j in ((0, 1), (0, 2), (1, 2))) > 1e-3
+
+
+def encoded(kind: str, variant: int) -> bytes:
+    """One of two files that hold the same numbers and show different pictures."""
+    numbers = np.random.default_rng(5).integers(0, 4, (40, 56), np.uint8)
+    file = io.BytesIO()
+    if kind == "palette":
+        image = Image.frombytes("P", numbers.shape[::-1], numbers.tobytes())
+        colours = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (240, 240, 10)]
+        image.putpalette([value for colour in (colours if variant else colours[::-1]) for value in colour])
+        image.save(file, "PNG")
+    else:
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = 6 if variant else 1
+        Image.fromarray(numbers * 60).convert("RGB").save(file, "JPEG", exif=exif)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["palette", "exif"])
+def test_files_that_differ_in_palette_or_orientation_alone_give_the_logits_of_what_they_show(
+    pair: Pair, recorder: Recorder, kind: str
+) -> None:
+    preprocess = read_preprocess_config(pair.folder, pair.ours.config)
+    processor = AutoImageProcessor.from_pretrained(pair.folder, backend="pil")
+    album, theirs, engine = Album(), Album(), make_engine(pair.ours)
+    requests = []
+    for variant in (0, 1):
+        data = encoded(kind, variant)
+        prepared = prepare(decode_image(data, max_pixels=10**6), preprocess)
+        parts: list[Any] = [3, prepared.pixels, 5]
+        request = make_request(f"{kind}{variant}", make_prompt(pair.ours, album, parts), max_tokens=NEW_TOKENS)
+        requests.append(request)
+        shown = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+        pixels = processor(shown, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
+        theirs.pixels[request.prompt.images[0].digest] = pixels.transpose(1, 2, 0).astype(np.uint8)
+    for _ in range(2):
+        answers = run(engine, requests, album)
+        assert_equal(pair, requests, answers, recorder, theirs)
+    first, second = (recorder.rows[request.id, 0] for request in requests)
+    assert (first - second).abs().max() > 1e-3
