@@ -37,5 +37,5 @@ def test_it_follows_when_the_machine_changes() -> None:
 def test_sizes_are_told_apart() -> None:
     chooser = ThreadChooser(2)
     choices(chooser, 512, lambda threads: 1 / threads, 100)
-    assert choices(chooser, 16, lambda threads: float(threads), 100)[1] > 90
-    assert choices(chooser, 512, lambda threads: 1 / threads, 100)[2] > 90
+    assert choices(chooser, 16, lambda threads: float(threads), 100)[1] > 80
+    assert choices(chooser, 512, lambda threads: 1 / threads, 100)[2] > 80
