@@ -44,7 +44,10 @@ def nvidia_smi() -> dict[str, str] | None:
     if program is None:
         return None
     query = [program, f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True, timeout=30)
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=30)
+    except subprocess.TimeoutExpired:
+        return None
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
         return None

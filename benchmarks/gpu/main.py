@@ -71,7 +71,7 @@ def run_stage(plan: Plan, out: Path, flags: list[str], limit_s: float) -> dict[s
         # Not by its session: the server of the load has one of its own.
         with contextlib.suppress(psutil.NoSuchProcess):
             stage = psutil.Process(process.pid)
-            for each in (*stage.children(recursive=True), stage):
+            for each in (stage, *stage.children(recursive=True)):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     each.kill()
 

@@ -1,5 +1,6 @@
 """The measuring tools outside the package: what `scripts/bench` and `scripts/gpu_check` count, and how they fail."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -17,9 +19,10 @@ from sightline_models.presets import demo_checkpoint
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import machine, suite, transformers_serve
-from benchmarks.gpu import main, pack, step_profile
+from benchmarks.gpu import gpu_tests, main, pack, step_profile
 from benchmarks.gpu.oracle import errors
 from benchmarks.gpu.paged import PagedSequences
+from benchmarks.gpu.stage import Stage
 
 
 def call(name: str, ts: float, dur: float, correlation: int, cat: str = "cuda_runtime") -> dict[str, Any]:
@@ -94,6 +97,40 @@ def test_a_stage_that_hangs_is_ended_and_one_that_fails_leaves_its_words(
     assert broken["failed"] == "ended with code 1"
     assert "no_such_stage" in broken["output_tail"]
     assert json.loads((tmp_path / "broken.json").read_text()) == broken
+
+
+def test_what_a_late_stage_started_ends_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A server of the load has a session of its own, and would keep the device's memory."""
+    stage, started = tmp_path / "python", tmp_path / "pid"
+    stage.write_text(f"#!/bin/sh\nsetsid sleep 300 &\necho $! > {started}\nwait\n")
+    stage.chmod(0o755)
+    monkeypatch.setattr(main.sys, "executable", str(stage))
+    late = main.run_stage(main.Plan("late", "environment", 60, ""), tmp_path, [], 1.0)
+    assert late["failed"] == "ended after its limit of 1 s"
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(int(started.read_text())).wait(10)
+
+
+def test_only_files_that_mark_a_test_are_collected_for_a_gpu() -> None:
+    files = gpu_tests.marked_files()
+    assert "tests/engine/test_devices.py" in files
+    assert "tests/server/test_chat.py" not in files
+
+
+def test_a_result_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage("oracle", "cpu", quick=True, out=tmp_path / "oracle.json")
+    stage.save(first=1)
+
+    def cut_short(path: Path, text: str) -> None:
+        path.write_bytes(text[:5].encode())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        stage.save(second=2)
+    assert json.loads((tmp_path / "oracle.json").read_text())["first"] == 1
 
 
 def test_the_check_goes_on_after_a_failure_and_says_so(
