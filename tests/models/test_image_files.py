@@ -84,12 +84,18 @@ def with_alpha(mode: str) -> Image.Image:
     return rgba.convert(mode)
 
 
+def reference_of(image: Image.Image) -> np.ndarray[Any, Any]:
+    processor = CLIPImageProcessorPil(do_resize=False, do_center_crop=False)
+    pixels = processor(image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
+    return np.asarray(pixels).transpose(1, 2, 0)
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
 def test_alpha_is_laid_on_white_as_the_reference_does(mode: str) -> None:
+    if not reference_of(Image.new("RGBA", (1, 1))).any():
+        pytest.skip("this transformers drops alpha, as its versions before 5.23 may")
     image = with_alpha(mode)
-    processor = CLIPImageProcessorPil(do_resize=False, do_center_crop=False)
-    expected = processor(image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
-    assert np.array_equal(decoded(encoded(image)), np.asarray(expected).transpose(1, 2, 0))
+    assert np.array_equal(decoded(encoded(image)), reference_of(image))
 
 
 def test_invisible_colours_stay_invisible() -> None:
