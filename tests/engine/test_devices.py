@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from engines import CLIP, Album, make_engine, make_prompt, make_request, picture, run
+from torch.overrides import TorchFunctionMode
 
 from sightline_models.config import read_config
 from sightline_models.tiny import write_checkpoint
@@ -94,3 +95,39 @@ def test_half_precision_answers_whole_and_finite(folder: Path, device: str, dtyp
     for answer in run(make_engine(model, device=device), requests, album).values():
         assert len(answer.token_ids) == 6
         assert all(logprob is not None and -100 < logprob <= 0 for logprob in answer.logprobs)
+
+
+class NoWaiting(TorchFunctionMode):
+    """Fails when a tensor is made of host numbers on the device: the host waits for such a copy."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.tensor:
+            assert torch.device(kwargs.get("device") or "cpu").type == "cpu", "copied where the host waits for it"
+        return func(*args, **kwargs)
+
+
+def test_a_step_waits_for_its_tokens_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shown on the meta device, whose tensors hold no values: all that would wait for one raises, but for this one."""
+    with torch.device("meta"):
+        model = Vlm(read_config(folder), CLIP).to(torch.bfloat16)
+    model.build_tables()
+    waits = []
+
+    def tolist(tokens: torch.Tensor) -> list[int]:
+        assert tokens.device.type == "meta"
+        waits.append(tokens.shape)
+        return [9] * len(tokens)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", tolist)
+    album, engine = Album(), make_engine(model, device="meta", max_step_tokens=48)
+    requests = [
+        *mixed_requests(model, album),
+        make_request("filtered", make_prompt(model, album, [7]), temperature=1.0, top_p=0.5, top_k=3, min_p=0.1),
+        make_request("biased", make_prompt(model, album, [7]), logit_bias={3: 1.0}, min_tokens=3, stop_token_ids=(1,)),
+        make_request("penalized", make_prompt(model, album, [7]), repetition_penalty=1.1, presence_penalty=0.5),
+    ]
+    with NoWaiting():
+        answers = run(engine, requests, album)
+    assert {answer.reason for answer in answers.values()} == {FinishReason.LENGTH}
+    assert 0 < len(waits) <= engine.stats().steps_total

@@ -31,15 +31,21 @@ def philox(even: Tensor, odd: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         Words 0 and 2, and words 1 and 3, of the output, shaped like the counters.
     """
     column = (2,) + (1,) * (even.dim() - 1)
-    multiplier = torch.tensor(_MULTIPLIERS, device=even.device).view(column)
+    multiplier = _pair(_MULTIPLIERS, even.device).view(column)
     step = torch.arange(_ROUNDS, device=even.device).view(-1, *(1 for _ in column))
-    weyl = torch.tensor(_WEYL, device=even.device).view(column)
+    weyl = _pair(_WEYL, even.device).view(column)
     for round_key in ((key + step * weyl) & _MASK).unbind():
         # The product of two 32-bit words is exact in int64's 64 bits, although its sign may turn.
         product = (even * multiplier).flip(0)
         even = (product >> 32).bitwise_and_(_MASK).bitwise_xor_(odd).bitwise_xor_(round_key)
         odd = product.bitwise_and_(_MASK)
     return even, odd
+
+
+def _pair(numbers: tuple[int, int], device: torch.device) -> Tensor:
+    """Both numbers as a tensor, made on the device: to copy them there, the host would wait for it."""
+    first, second = numbers
+    return torch.arange(2, device=device).mul_(second - first).add_(first)
 
 
 def gumbel_noise(seed_B: Tensor, choice_B: Tensor, position_B: Tensor, places: int) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sightline_kernels.layout import PagedLayout
+from sightline_server.engine.transfer import to_device
 from sightline_server.engine.types import Slice
 
 ROWS_PER_PASS = 16
@@ -126,5 +127,4 @@ def passes_of_equal_shape(slices: Seq[Slice]) -> list[list[Slice]]:
 
 
 def _to(values: "np.ndarray[tuple[int, ...], np.dtype[np.int32 | np.int64]]", device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(values)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    return to_device(torch.from_numpy(values), device)

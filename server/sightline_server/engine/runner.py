@@ -17,6 +17,7 @@ from sightline_models.vlm import Vlm
 from sightline_server.engine.batch import StepBatch, build_batch, passes_of_equal_shape
 from sightline_server.engine.sampler import Sampled, choose_tokens
 from sightline_server.engine.threads import ThreadChooser
+from sightline_server.engine.transfer import to_device
 from sightline_server.engine.types import EngineConfig, Slice, StepPlan
 from sightline_server.engine.vision_cache import VisionCache
 
@@ -65,7 +66,7 @@ class Runner:
             hidden_TD = self._forward(batch)
             if not sampling:
                 return []
-            rows = torch.tensor(batch.sample_rows, device=self._device)
+            rows = to_device(torch.tensor(batch.sample_rows), self._device)
             return choose_tokens(self._model.logits(hidden_TD[rows]), sampling)
         sampled: dict[int, Sampled] = {}
         for group in passes_of_equal_shape(plan.slices):
@@ -85,7 +86,7 @@ class Runner:
         for first in range(0, len(keys), size):
             group = keys[first : first + size]
             stacked = torch.from_numpy(np.stack([pixels[key] for key in group]))
-            encoded_NLD = self._model.encode_images(stacked.to(self._device, non_blocking=True))
+            encoded_NLD = self._model.encode_images(to_device(stacked, self._device))
             for key, encoded_LD in zip(group, encoded_NLD, strict=True):
                 # A copy of its own: a view would keep the whole batch alive.
                 self._vision.put(key, encoded_LD.clone())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sightline_kernels.sample.reference import filter_logits, sample
+from sightline_server.engine.transfer import to_device
 from sightline_server.engine.types import Sequence, TopLogprob
 
 LEAST_TEMPERATURE = 1e-6
@@ -54,24 +55,27 @@ def _shape(logits_SV: Tensor, sequences: Seq[Sequence]) -> Tensor:
         if penalized:
             _penalize(row_V, sequence)
         if params.logit_bias:
-            ids = torch.tensor(list(params.logit_bias), device=row_V.device)
-            row_V[ids] += torch.tensor(list(params.logit_bias.values()), device=row_V.device)
+            ids = to_device(torch.tensor(list(params.logit_bias)), row_V.device)
+            biases = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
+            row_V.index_add_(0, ids, to_device(biases, row_V.device))
         if banned:
-            row_V[torch.tensor(banned, device=row_V.device)] = -torch.inf
+            row_V.index_fill_(0, to_device(torch.tensor(banned), row_V.device), -torch.inf)
     return shaped_SV
 
 
 def _penalize(row_V: Tensor, sequence: Sequence) -> None:
     """Repetition penalty over prompt and answer (Keskar et al., 2019); presence and frequency over the answer."""
     params = sequence.request.sampling
-    all_ids = torch.tensor(sequence.token_ids, device=row_V.device)
+    all_ids = to_device(torch.tensor(sequence.token_ids), row_V.device)
     if params.repetition_penalty != 1.0:
-        seen = torch.unique(all_ids)
-        values = row_V[seen]
+        # A token seen twice is written twice, the same both times. Finding the distinct ones, a device would be
+        # waited for, as it would for a count by ``bincount``.
+        values = row_V[all_ids]
         penalty = params.repetition_penalty
-        row_V[seen] = torch.where(values > 0, values / penalty, values * penalty)
+        row_V[all_ids] = torch.where(values > 0, values / penalty, values * penalty)
     if params.presence_penalty or params.frequency_penalty:
-        count_V = torch.bincount(all_ids[sequence.num_prompt_tokens :], minlength=row_V.shape[0])
+        answer_ids = all_ids[sequence.num_prompt_tokens :]
+        count_V = torch.zeros_like(row_V).index_add_(0, answer_ids, torch.ones_like(answer_ids, dtype=row_V.dtype))
         row_V -= params.frequency_penalty * count_V + params.presence_penalty * (count_V > 0)
 
 
@@ -80,24 +84,20 @@ def _draw(logits_SV: Tensor, sequences: Seq[Sequence]) -> Tensor:
     temperatures = [params.temperature if params.temperature >= LEAST_TEMPERATURE else 0.0 for params in all_params]
     if not any(temperatures):
         return logits_SV.argmax(dim=-1)
-    device = logits_SV.device
-    temperature_S = torch.tensor(temperatures, device=device)
+    numbers = [temperatures, [params.top_p for params in all_params], [params.min_p for params in all_params]]
+    temperature_S, top_p_S, min_p_S = to_device(torch.tensor(numbers, dtype=torch.float32), logits_SV.device).unbind()
     logits_SV = logits_SV / torch.where(temperature_S == 0, 1.0, temperature_S)[:, None]
-    if any(params.top_k or params.top_p < 1 or params.min_p for params in all_params):
-        logits_SV = filter_logits(
-            logits_SV,
-            torch.tensor([params.top_k for params in all_params], device=device),
-            torch.tensor([params.top_p for params in all_params], device=device),
-            torch.tensor([params.min_p for params in all_params], device=device),
-        )
-    return sample(
-        logits_SV,
-        temperature_S,
+    integers = [
+        [params.top_k for params in all_params],
         # The same 64 bits, as torch's signed integers hold them.
-        torch.tensor([params.seed - (params.seed >> 63 << 64) for params in all_params], device=device),
-        torch.tensor([params.choice for params in all_params], device=device),
-        torch.tensor([sequence.num_generated for sequence in sequences], device=device),
-    )
+        [params.seed - (params.seed >> 63 << 64) for params in all_params],
+        [params.choice for params in all_params],
+        [sequence.num_generated for sequence in sequences],
+    ]
+    top_k_S, seed_S, choice_S, position_S = to_device(torch.tensor(integers), logits_SV.device).unbind()
+    if any(params.top_k or params.top_p < 1 or params.min_p for params in all_params):
+        logits_SV = filter_logits(logits_SV, top_k_S, top_p_S, min_p_S)
+    return sample(logits_SV, temperature_S, seed_S, choice_S, position_S)
 
 
 def _with_logprobs(logits_SV: Tensor, sequences: Seq[Sequence], token_ids: list[int]) -> list[Sampled]:
