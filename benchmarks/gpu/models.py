@@ -16,6 +16,7 @@ from sightline_models.images import read_preprocess_config
 from sightline_models.parameter_count import count_parameters
 from sightline_models.vlm import Vlm
 from sightline_models.weights import load_vlm, random_vlm
+from sightline_server.engine.load import choose_device, use_device
 
 
 def random_model(shape: str, *, dtype: torch.dtype, device: str, seed: int = 0) -> Vlm:
@@ -25,10 +26,12 @@ def random_model(shape: str, *, dtype: torch.dtype, device: str, seed: int = 0) 
         presets.write_preset(shape, folder)
         config = read_config(folder)
         normalization = read_preprocess_config(folder, config).normalization
+    use_device(choose_device(device))
     return random_vlm(config, normalization, dtype=dtype, device=torch.device(device), seed=seed)
 
 
 def load_ours(folder: Path, *, dtype: torch.dtype, device: str) -> Vlm:
+    use_device(choose_device(device))
     config = read_config(folder)
     normalization = read_preprocess_config(folder, config).normalization
     return load_vlm(folder, config, normalization, dtype=dtype, device=torch.device(device))

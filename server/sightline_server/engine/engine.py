@@ -3,6 +3,7 @@
 Synchronous and single-threaded. Knows no process, socket, clock or text; tests drive it directly.
 """
 
+import contextlib
 import logging
 
 import torch
@@ -94,9 +95,11 @@ class Engine:
         self._ask_for(plan)
         if plan.slices:
             self._steps += 1
-            try:
+            sampled: list[Sampled] | None = None
+            with contextlib.suppress(torch.OutOfMemoryError):
                 sampled = self._runner.run(plan, self._pixels)
-            except torch.OutOfMemoryError:
+            # Only once the error is gone: it holds what the step had allocated.
+            if sampled is None:
                 self._give_up_on_largest(plan)
             else:
                 self._account(plan, sampled)

@@ -23,6 +23,7 @@ from sightline_server.engine.batch import build_batch
 from sightline_server.engine.blocks import BlockPool
 from sightline_server.engine.engine import Engine
 from sightline_server.engine.runner import Runner
+from sightline_server.engine.sampler import choose_tokens
 from sightline_server.engine.scheduler import Scheduler
 from sightline_server.engine.threads import ThreadChooser
 from sightline_server.engine.types import (
@@ -51,6 +52,7 @@ def load_engine(folder: Path, settings: Settings, progress: Progress) -> tuple[E
     """
     began = time.monotonic()
     device = choose_device(settings.device)
+    use_device(device)
     # Deterministic steps are small, and their arithmetic must not change with what else the machine does.
     threads = settings.threads or (1 if settings.deterministic else len(os.sched_getaffinity(0)))
     if device.type == "cpu":
@@ -73,7 +75,7 @@ def load_engine(folder: Path, settings: Settings, progress: Progress) -> tuple[E
                 progress=lambda share: progress("loading weights", share),
             )
         progress("sizing the cache", 0.0)
-        num_blocks = _count_blocks(model, config, settings, device, dtype, limits)
+        num_blocks = count_blocks(model, settings, device, dtype, limits)
         engine_config = _fit_to_cache(config, settings, limits, num_blocks)
         engine = assemble(model, engine_config, device=device, dtype=dtype, threads=threads)
     except torch.OutOfMemoryError as error:
@@ -137,6 +139,20 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def use_device(device: torch.device) -> None:
+    """Make a GPU this process's current one, and keep attention there away from cuDNN.
+
+    Torch prefers cuDNN on some GPUs. It sets out anew, for about 30 ms, for every number of keys it hasn't seen, and a
+    decode step has one more than the step before.
+    """
+    if device.type != "cuda":
+        return
+    if device.index is not None:
+        # Pinned memory and kernels of our own go by the current device, not by a tensor's.
+        torch.cuda.set_device(device)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def choose_dtype(name: str, config: VlmConfig, device: torch.device) -> torch.dtype:
     """The precision ``name`` stands for.
 
@@ -185,23 +201,12 @@ def _limits(config: VlmConfig, settings: Settings, device: torch.device) -> Engi
     )
 
 
-def _count_blocks(
-    model: Vlm,
-    config: VlmConfig,
-    settings: Settings,
-    device: torch.device,
-    dtype: torch.dtype,
-    limits: EngineConfig,
-) -> int:
+def count_blocks(model: Vlm, settings: Settings, device: torch.device, dtype: torch.dtype, limits: EngineConfig) -> int:
     """Blocks the cache may have, its scratch block not counted."""
-    a_block = KvPool.bytes_per_block(config.decoder, block_size=limits.block_size, dtype=dtype)
+    a_block = KvPool.bytes_per_block(model.config.decoder, block_size=limits.block_size, dtype=dtype)
     if device.type == "cpu":
         return int(settings.cpu_cache_gb * 2**30) // a_block - 1
-    free, total = torch.cuda.mem_get_info(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    _run_worst_case(model, config, limits, device, dtype)
-    needed_by_steps = torch.cuda.max_memory_allocated(device) - before
+    needed_by_steps = _measure_largest_step(model, limits, device, dtype)
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     # What others hold, and what torch holds outside tensors, counts against our share too.
@@ -209,16 +214,28 @@ def _count_blocks(
     return (left - needed_by_steps - limits.encoder_cache_bytes) // a_block - 1
 
 
-def _run_worst_case(
-    model: Vlm, config: VlmConfig, limits: EngineConfig, device: torch.device, dtype: torch.dtype
-) -> None:
-    """The step that needs most memory: the largest image batch, a full token budget, every row sampled."""
+def _measure_largest_step(model: Vlm, limits: EngineConfig, device: torch.device, dtype: torch.dtype) -> int:
+    """Bytes that the largest step needs beside weights and cache."""
+    length = min(limits.max_step_tokens, limits.max_model_len)
+    kv = _allocate_cache(model.config, -(-length // limits.block_size), limits.block_size, device, dtype)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run_largest_step(model, kv, limits, device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def run_largest_step(model: Vlm, kv: KvPool, limits: EngineConfig, device: torch.device) -> None:
+    """The step that needs most memory: the largest image batch, a full token budget, every row sampled.
+
+    ``kv`` holds the step's tokens and a scratch block.
+    """
     length = min(limits.max_step_tokens, limits.max_model_len)
     num_blocks = -(-length // limits.block_size)
-    kv = _allocate_cache(config, num_blocks, limits.block_size, device, dtype)
-    size = config.vision.image_size
-    num_images = 1 if limits.deterministic else max_images_per_step(config, limits.max_step_tokens)
-    request = Request(id="worst-case", prompt=Prompt((0,) * length), sampling=SamplingParams(max_tokens=1))
+    size = model.config.vision.image_size
+    num_images = 1 if limits.deterministic else max_images_per_step(model.config, limits.max_step_tokens)
+    # Bias copies the logits, a filter sorts them, and log-probabilities are as many again.
+    sampling = SamplingParams(max_tokens=1, temperature=1.0, top_p=0.5, logit_bias={0: 0.0}, logprobs=True)
+    request = Request(id="largest", prompt=Prompt((0,) * length), sampling=sampling)
     sequence = Sequence(request, list(request.prompt.token_ids), blocks=list(range(num_blocks)))
     with torch.inference_mode():
         model.encode_images(torch.zeros(num_images, size, size, 3, dtype=torch.uint8, device=device))
@@ -227,8 +244,7 @@ def _run_worst_case(
         )
         hidden_TD = model(model.embed(batch.token_ids_T), batch.positions_T, kv, batch.layout)
         logits_SV = model.logits(hidden_TD[: limits.max_running])
-        # Filters sort, and a sort holds values, order and scratch at once.
-        logits_SV.sort(dim=-1)
+        choose_tokens(logits_SV, [sequence] * len(logits_SV))
 
 
 def _fit_to_cache(config: VlmConfig, settings: Settings, limits: EngineConfig, num_blocks: int) -> EngineConfig:

@@ -1,0 +1,90 @@
+"""How a cache is sized and a GPU made ready, shown without a GPU."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sightline_models.kv import KvPool
+from sightline_models.vlm import Vlm
+from sightline_server.engine import load
+from sightline_server.engine.types import EngineConfig
+from sightline_server.settings import Settings
+
+LIMITS = EngineConfig(
+    num_blocks=1,
+    block_size=4,
+    max_model_len=128,
+    max_step_tokens=64,
+    max_running=16,
+    max_queue=16,
+    encoder_cache_bytes=2**20,
+)
+
+
+def test_the_largest_step_runs_within_its_cache(tiny: Vlm, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[tuple[str, int]] = []
+    for name in ("encode_images", "forward", "logits"):
+        true = getattr(Vlm, name)
+
+        def counted(self: Vlm, first: torch.Tensor, *rest: Any, name: str = name, true: Any = true) -> torch.Tensor:
+            rows.append((name, len(first)))
+            made: torch.Tensor = true(self, first, *rest)
+            return made
+
+        monkeypatch.setattr(Vlm, name, counted)
+    kv = KvPool.allocate(
+        tiny.config.decoder, num_blocks=17, block_size=4, dtype=torch.float32, device=torch.device("cpu")
+    )
+    load.run_largest_step(tiny, kv, LIMITS, torch.device("cpu"))
+    assert rows == [("encode_images", load.max_images_per_step(tiny.config, 64)), ("forward", 64), ("logits", 16)]
+    assert kv.k_LNPGD[:, :16].abs().sum(-1).all()
+    assert not kv.k_LNPGD[:, 16].any()
+
+
+def test_a_gpus_cache_is_its_share_less_what_others_hold_and_a_step_needs(
+    tiny: Vlm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache that the largest step itself runs in is part of the cache, not beside it."""
+    allocated = [1_000]
+    peak = [0]
+
+    def allocate(*_arguments: Any) -> None:
+        allocated[0] += 500_000
+
+    def step(*_arguments: Any) -> None:
+        peak[0] = allocated[0] + 700_000
+
+    monkeypatch.setattr(load, "_allocate_cache", allocate)
+    monkeypatch.setattr(load, "run_largest_step", step)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (6_000_000, 10_000_000))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated[0])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak[0])
+    settings = Settings(gpu_memory_utilization=0.9)
+    blocks = load.count_blocks(tiny, settings, torch.device("cuda:0"), torch.float32, LIMITS)
+    a_block = KvPool.bytes_per_block(tiny.config.decoder, block_size=4, dtype=torch.float32)
+    assert blocks == (9_000_000 - 4_000_000 - 700_000 - 2**20) // a_block - 1
+
+
+def test_the_gpu_asked_for_becomes_the_current_one_before_its_precision_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[object] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", told.append)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda enabled: told.append(("cudnn", enabled)))
+
+    def choose_dtype(*_arguments: Any) -> torch.dtype:
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr(load, "choose_dtype", choose_dtype)
+    monkeypatch.setattr(load, "read_config", lambda folder: None)
+    with pytest.raises(RuntimeError, match="far enough"):
+        load.load_engine(tmp_path, Settings(device="cuda:1"), lambda stage, share: None)
+    assert told == [torch.device("cuda:1"), ("cudnn", False)]
+    told.clear()
+    load.use_device(torch.device("cpu"))
+    assert told == []
