@@ -88,6 +88,7 @@ def run_stage(plan: Plan, out: Path, flags: list[str], limit_s: float) -> dict[s
     # What a stage left behind goes with it.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
+    path.with_suffix(".part").unlink(missing_ok=True)
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"stage": plan.name}
     if ended_late.is_set():
         results["failed"] = f"ended after its limit of {limit_s:.0f} s"

@@ -12,6 +12,7 @@ from sightline_models.config import read_config
 from sightline_models.tiny import write_checkpoint
 from sightline_models.vlm import Vlm
 from sightline_models.weights import load_vlm
+from sightline_server.engine.load import use_device
 from sightline_server.engine.types import FinishReason, Request
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -25,6 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(folder: Path, device: str, dtype: torch.dtype = torch.float32) -> Vlm:
+    use_device(torch.device(device))
     return load_vlm(folder, read_config(folder), CLIP, dtype=dtype, device=torch.device(device))
 
 
