@@ -225,6 +225,8 @@ def main() -> int:
     heart.start()
     status = serve(EngineLoop(commands, reports, heart), arguments.factory)
     heart.stop()
+    # Objects left frozen at the very end count as leaked to torch's native bindings, and they say so at length.
+    gc.unfreeze()
     commands.close(linger=0)
     # Terminating the context waits until the last report has left.
     reports.close(linger=1000)
