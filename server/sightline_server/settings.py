@@ -43,7 +43,10 @@ class Settings:
     # Model
     model: str = _row("", "Checkpoint folder. Empty: the bundled demo model.", section="Model", metavar="DIR")
     random: str = _row(
-        "", "Serve random weights of a named true shape instead of a checkpoint.", section="Model", metavar="SHAPE"
+        "",
+        "Serve random weights of a named true shape, such as tiny or llava-1.5-7b, instead of a checkpoint.",
+        section="Model",
+        metavar="SHAPE",
     )
     random_seed: int = _row(0, "Seed of the random weights.", section="Model", minimum=0)
     served_model_name: tuple[str, ...] = _row(
@@ -103,7 +106,7 @@ class Settings:
         15.0, "Seconds of silence in a stream before a keep-alive line. 0: never.", section="HTTP", minimum=0
     )
     drain_timeout_s: float = _row(
-        30.0, "Seconds that running requests get to finish after SIGTERM.", section="HTTP", minimum=0
+        30.0, "Seconds that running requests get to finish after SIGTERM or Ctrl-C.", section="HTTP", minimum=0
     )
     log_level: Literal["debug", "info", "warning", "error"] = _row(
         "info", "Least severe log line written.", section="HTTP"

@@ -123,7 +123,7 @@ class HttpServer(uvicorn.Server):
         """Returns when no request is being answered, at the latest after ``timeout_s``; listens meanwhile."""
         running = len(self.server_state.tasks)
         if running:
-            log.info("Waiting up to %g s for %d running requests.", timeout_s, running)
+            log.info("Waiting up to %g s for requests that are running: %d.", timeout_s, running)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 while self.server_state.tasks:  # noqa: ASYNC110 - uvicorn has no event for it

@@ -53,16 +53,14 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
             group.add_argument("model", nargs="?", metavar="MODEL_DIR", help="The same as --model.")
         if row.kind is bool:
             negative = "--no-" + row.flag.removeprefix("--")
-            default = row.flag if row.default else negative
-            group.add_argument(
-                row.flag, dest=row.name, action="store_const", const="true", help=f"{text} (default: {default})"
-            )
+            text += f" (default: on; {negative} turns it off)" if row.default else " (default: off)"
+            group.add_argument(row.flag, dest=row.name, action="store_const", const="true", help=text)
             group.add_argument(negative, dest=row.name, action="store_const", const="false", help=argparse.SUPPRESS)
         else:
             # Values stay text: the settings table checks them, and names the flag when one is wrong.
             metavar = row.metavar or ("{" + ",".join(row.choices) + "}" if row.choices else row.kind.__name__.upper())
             if row.many:
-                text += " May be repeated."
+                text += " Several: the flag again, or commas."
             elif row.default != "":
                 text += f" (default: {row.default})"
             group.add_argument(
