@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from sightline_models.kv import KvPool
+from sightline_models.presets import write_preset
 from sightline_models.vlm import Vlm
 from sightline_server.engine import load
 from sightline_server.engine.types import EngineConfig
-from sightline_server.settings import Settings
+from sightline_server.settings import Settings, SettingsError
 
 LIMITS = EngineConfig(
     num_blocks=1,
@@ -88,3 +89,12 @@ def test_the_gpu_asked_for_becomes_the_current_one_before_its_precision_is_looke
     told.clear()
     load.use_device(torch.device("cpu"))
     assert told == []
+
+
+def test_a_cache_larger_than_the_machine_is_refused_by_the_name_of_its_setting(tmp_path: Path) -> None:
+    write_preset("tiny", tmp_path)
+    # More than the address space of a process, so that no machine has it, however it counts memory.
+    with pytest.raises(SettingsError, match=r"1000000\.0 GiB.*--cpu-cache-gb"):
+        load.load_engine(
+            tmp_path, Settings(device="cpu", random="tiny", threads=1, cpu_cache_gb=1e6), lambda stage, share: None
+        )

@@ -265,4 +265,13 @@ def _allocate_cache(
     config: VlmConfig, num_blocks: int, block_size: int, device: torch.device, dtype: torch.dtype
 ) -> KvPool:
     # One block more than the books know: scratch for padding rows.
-    return KvPool.allocate(config.decoder, num_blocks=num_blocks + 1, block_size=block_size, dtype=dtype, device=device)
+    count = num_blocks + 1
+    try:
+        return KvPool.allocate(config.decoder, num_blocks=count, block_size=block_size, dtype=dtype, device=device)
+    except RuntimeError as error:
+        if device.type != "cpu":
+            raise
+        size = count * KvPool.bytes_per_block(config.decoder, block_size=block_size, dtype=dtype) / 2**30
+        raise SettingsError(
+            f"This machine can't give {size:.1f} GiB to the key/value cache. Lower --cpu-cache-gb."
+        ) from error
