@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 ENV_PREFIX = "SIGHTLINE_"
+LARGEST_NUMBER = 1e9
+"""Where a row has no maximum of its own. No setting has a use for more, and what doesn't fit 64 bits can't be sent to
+the engine."""
 
 
 class SettingsError(ValueError):
@@ -191,8 +194,9 @@ class Row:
             raise SettingsError(f"{source} must be {noun}, not {text!r}.") from None
         if number != number or (self.minimum is not None and number < self.minimum):
             raise SettingsError(f"{source} must be at least {self.minimum:g}, not {text}.")
-        if self.maximum is not None and number > self.maximum:
-            raise SettingsError(f"{source} must be at most {self.maximum:g}, not {text}.")
+        maximum = LARGEST_NUMBER if self.maximum is None else self.maximum
+        if number > maximum:
+            raise SettingsError(f"{source} must be at most {maximum:g}, not {text}.")
         return number
 
 

@@ -97,6 +97,8 @@ def test_flags_become_settings() -> None:
     [
         (["serve", "--port", "x"], "--port must be a whole number, not 'x'."),
         (["serve", "--port", "70000"], "--port must be at most 65535, not 70000."),
+        (["serve", "--random-seed", str(2**64)], "--random-seed must be at most 1e+09, not 18446744073709551616."),
+        (["serve", "--encoder-cache-mb", "inf"], "--encoder-cache-mb must be at most 1e+09, not inf."),
         (["serve", "--dtype", "int4"], "--dtype must be one of auto, float32, bfloat16, float16, not 'int4'."),
         (["serve", "--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N, not 'tpu'."),
         (["serve", "--prot", "8000"], "Unrecognized arguments: --prot. Run 'sightline --help' for help."),
