@@ -39,7 +39,8 @@ def test_the_largest_step_runs_within_its_cache(tiny: Vlm, monkeypatch: pytest.M
         tiny.config.decoder, num_blocks=17, block_size=4, dtype=torch.float32, device=torch.device("cpu")
     )
     load.run_largest_step(tiny, kv, LIMITS, torch.device("cpu"))
-    assert rows == [("encode_images", load.max_images_per_step(tiny.config, 64)), ("forward", 64), ("logits", 16)]
+    images = load.max_images_per_step(tiny.config, 64)
+    assert rows == [("encode_images", images), ("forward", 64), ("logits", 16), ("forward", 16)]
     assert kv.k_LNPGD[:, :16].abs().sum(-1).all()
     assert not kv.k_LNPGD[:, 16].any()
 

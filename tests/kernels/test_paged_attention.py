@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sightline_kernels.layout import PagedLayout
+from sightline_kernels.paged_attention import reference
 from sightline_kernels.paged_attention.reference import paged_attention
 from sightline_kernels.store_kv.reference import store_kv
 
@@ -115,6 +116,13 @@ def test_equals_a_loop_over_rows(
 @pytest.mark.parametrize("block_size", [1, 3, 16, 64])
 def test_any_block_size(block_size: int) -> None:
     step = make_step(STEPS["everything at once"], block_size=block_size)
+    torch.testing.assert_close(step.attend(), step.expected(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gathered_bytes", [1, 6000])
+def test_rows_gathered_a_few_at_a_time(gathered_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "GATHERED_BYTES", gathered_bytes)
+    step = make_step(STEPS["decodes of many lengths"], dtype=torch.float64)
     torch.testing.assert_close(step.attend(), step.expected(), rtol=1e-5, atol=1e-5)
 
 

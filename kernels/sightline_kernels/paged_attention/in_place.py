@@ -55,8 +55,8 @@ def locate_keys(
     mask_QK = torch.zeros(num_rows, num_keys).masked_fill_(positions_K >= context_Q1, float("-inf"))
     mask_QHK = mask_QK.unsqueeze(1).expand(num_rows, num_heads, num_keys)
     with warnings.catch_warnings():
-        # Torch calls its CSR tensors beta, once a process.
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support")
+        # Torch calls its CSR tensors beta and, before 2.15, not checking them a risk, once a process.
+        warnings.filterwarnings("ignore", "Sparse (CSR tensor support|invariant checks)")
         pattern = torch.sparse_csr_tensor(
             torch.arange(num_rows * num_heads + 1, dtype=torch.int32) * num_keys,
             table_rows_XK.flatten(),

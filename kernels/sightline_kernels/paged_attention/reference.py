@@ -20,6 +20,9 @@ from sightline_kernels.paged_attention.in_place import RowKeys, attend_in_place,
 
 INVARIANT_KEYS = 256
 """Row-invariant attention pads the keys of a row to a multiple of this."""
+GATHERED_BYTES = 2**29
+"""Keys and values that decode rows copy out of the cache at a time, at most: padded to the longest row, those of many
+rows would fill a GPU."""
 
 
 def paged_attention(
@@ -61,11 +64,18 @@ def _decode_rows(
         if blocks is None:
             blocks = layout.memo["decode_blocks"] = locate_blocks(layout, num_heads, k_cache_NPGD)
         return attend_by_blocks(q_BHD, k_cache_NPGD, v_cache_NPGD, blocks, scale)
-    slots_BK, mask_B11K = _decode_slots(layout)
-    k_BGKD = k_cache_NPGD.flatten(0, 1)[slots_BK].transpose(1, 2)
-    v_BGKD = v_cache_NPGD.flatten(0, 1)[slots_BK].transpose(1, 2)
+    all_slots_BK, all_mask_B11K = _decode_slots(layout)
     q_BGRD = q_BHD.view(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    out_BGRD = F.scaled_dot_product_attention(q_BGRD, k_BGKD, v_BGKD, attn_mask=mask_B11K, scale=scale)
+    rows_at_once = max(1, GATHERED_BYTES // (2 * all_slots_BK.shape[1] * k_cache_NPGD[0, 0].nbytes))
+    pieces = []
+    for start in range(0, num_rows, rows_at_once):
+        rows = slice(start, start + rows_at_once)
+        width = max(layout.context_lens[:num_rows][rows])
+        slots_BK, mask_B11K = all_slots_BK[rows, :width], all_mask_B11K[rows, ..., :width]
+        k_BGKD = k_cache_NPGD.flatten(0, 1)[slots_BK].transpose(1, 2)
+        v_BGKD = v_cache_NPGD.flatten(0, 1)[slots_BK].transpose(1, 2)
+        pieces.append(F.scaled_dot_product_attention(q_BGRD[rows], k_BGKD, v_BGKD, attn_mask=mask_B11K, scale=scale))
+    out_BGRD = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     return out_BGRD.reshape(num_rows, num_heads, head_dim)
 
 
@@ -92,6 +102,10 @@ def _slice(
     num_keys = layout.context_lens[sequence]
     k_GKD = _keys_of(k_cache_NPGD, layout, sequence, num_keys)
     v_GKD = _keys_of(v_cache_NPGD, layout, sequence, num_keys)
+    if not q_THD.is_cpu and num_heads != k_GKD.shape[0]:
+        # On a GPU torch has no kernel for shared heads with a mask, or in float32: it would write out every score.
+        shared = num_heads // k_GKD.shape[0]
+        k_GKD, v_GKD = k_GKD.repeat_interleave(shared, 0), v_GKD.repeat_interleave(shared, 0)
     if num_queries == num_keys:
         mask_TK = None
     else:

@@ -225,9 +225,9 @@ def _measure_largest_step(model: Vlm, limits: EngineConfig, device: torch.device
 
 
 def run_largest_step(model: Vlm, kv: KvPool, limits: EngineConfig, device: torch.device) -> None:
-    """The step that needs most memory: the largest image batch, a full token budget, every row sampled.
+    """What needs most memory: the largest image batch, a full token budget, every row sampled or decoding at its end.
 
-    ``kv`` holds the step's tokens and a scratch block.
+    ``kv`` holds a full token budget and a scratch block.
     """
     length = min(limits.max_step_tokens, limits.max_model_len)
     num_blocks = -(-length // limits.block_size)
@@ -245,6 +245,17 @@ def run_largest_step(model: Vlm, kv: KvPool, limits: EngineConfig, device: torch
         hidden_TD = model(model.embed(batch.token_ids_T), batch.positions_T, kv, batch.layout)
         logits_SV = model.logits(hidden_TD[: limits.max_running])
         choose_tokens(logits_SV, [sequence] * len(logits_SV))
+        del batch, hidden_TD, logits_SV
+        # Longer than ``kv``: it reads the same blocks again and again.
+        blocks = [index % num_blocks for index in range(-(-limits.max_model_len // limits.block_size))]
+        longest = Sequence(request, [0] * limits.max_model_len, blocks=blocks)
+        batch = build_batch(
+            [Slice(longest, limits.max_model_len - 1, 1)] * limits.max_running,
+            block_size=limits.block_size,
+            scratch_block=num_blocks,
+            device=device,
+        )
+        model(model.embed(batch.token_ids_T), batch.positions_T, kv, batch.layout)
 
 
 def _fit_to_cache(config: VlmConfig, settings: Settings, limits: EngineConfig, num_blocks: int) -> EngineConfig:
