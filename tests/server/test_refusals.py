@@ -316,3 +316,14 @@ async def test_unknown_routes_and_methods() -> None:
             answer = await client.request(method, path)
             assert (answer.status_code, answer.json()["error"]["code"]) == (status, code), path
             assert answer.headers["x-request-id"]
+
+
+async def test_more_choices_than_the_queue_holds_are_refused_for_good() -> None:
+    """Never 503: no wait makes room for them, and clients would send them again and again."""
+    engine = FakeEngine()
+    async with http(fake_app(engine, max_queue=2)) as client:
+        refused = await client.post(CHAT, json=chat_body(n=3))
+        assert (await client.post(CHAT, json=chat_body(n=2))).status_code == 200
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "n"
+    assert "at most 2 choices" in refused.json()["error"]["message"]

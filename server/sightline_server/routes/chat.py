@@ -98,10 +98,10 @@ async def _read_object(request: Request) -> dict[str, Any]:
 
 
 def _check_choices(chat: ChatRequest, context: Context) -> None:
-    if chat.num_choices > context.settings.max_choices:
-        raise InvalidRequest(
-            f"'n' is {chat.num_choices}; at most {context.settings.max_choices} choices are allowed.", param="n"
-        )
+    # Each choice takes a place in the queue: more than it has would be turned away however often they came again.
+    most = min(context.settings.max_choices, context.settings.max_queue)
+    if chat.num_choices > most:
+        raise InvalidRequest(f"'n' is {chat.num_choices}; at most {most} choices are allowed.", param="n")
 
 
 def _header(chat: ChatRequest, context: Context) -> ReplyHeader:
