@@ -11,12 +11,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import ipaddress
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import hypothesis
 import pytest
+
+# A shell that starts the tests in the background has them, and all they start, ignore Ctrl-C; some are about Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 POISONED = ("tests/kernels", "tests/models", "tests/engine")

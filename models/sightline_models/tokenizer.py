@@ -149,8 +149,8 @@ class ChatTokenizer:
 def _no_tokenizer(folder: Path) -> str:
     if (folder / "tokenizer.model").is_file():
         return (
-            f"{folder.name} has tokenizer.model but no tokenizer.json. Make one with transformers, sentencepiece and protobuf: "
-            f"AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)."
+            f"{folder.name} has tokenizer.model but no tokenizer.json. Make one with transformers, sentencepiece and "
+            "protobuf: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)."
         )
     return f"{folder.name} has no tokenizer.json: copy it from the original checkpoint."
 

@@ -181,11 +181,11 @@ def test_a_second_question_about_a_picture_is_answered_from_the_caches(
     start_server: StartServer,
 ) -> None:
     # A model big enough that computing a picture takes time.
-    larger_server = start_server("--random", "llava-45m")
+    larger_server = start_server("--random", "llava-110m")
     larger_server.wait_for("/ready", 200)
-    uncached = start_server("--random", "llava-45m", "--no-prefix-caching", "--encoder-cache-mb", "0")
+    uncached = start_server("--random", "llava-110m", "--no-prefix-caching", "--encoder-cache-mb", "0")
     common: dict[str, Any] = {
-        "model": "random-llava-45m",
+        "model": "random-llava-110m",
         "temperature": 0,
         "max_tokens": 12,
         "ignore_eos": True,

@@ -132,6 +132,17 @@ def test_a_prompt_seen_before_is_not_computed_again() -> None:
     assert third.num_hit_tokens == 12
 
 
+def test_a_block_is_findable_only_when_it_is_full() -> None:
+    house = House(budget=6)
+    tokens = tuple(range(17))
+    first = house.add("a", tokens)
+    assert shape(house.step()) == [("a", 0, 6)]
+    house.scheduler.finish(first)
+    second = house.add("b", tokens)
+    assert shape(house.step()) == [("b", 4, 6)]
+    assert second.num_hit_tokens == 4
+
+
 def test_of_equal_prompts_at_once_one_is_computed() -> None:
     house = House()
     tokens = tuple(range(17))

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from api_calls import CHAT, chat_body, http, openai_client
 from fakes import ALIAS, MODEL_NAME, FakeEngine, FakePool, fake_app, fake_image
 from prometheus_client.parser import text_string_to_metric_families
 
+from sightline_models.config import CheckpointError
 from sightline_server import logs
 from sightline_server.chat.model import ServedModel
 from sightline_server.engine.types import EngineStats
@@ -161,6 +163,16 @@ def test_the_app_starts_without_torch(repository: Path) -> None:
         "assert not found, found\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=repository / "tests", timeout=60)
+
+
+def test_a_tokenizer_of_another_model_is_refused(demo_checkpoint_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mixed"
+    shutil.copytree(demo_checkpoint_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["vocab_size"] = 700
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"knows 770 tokens, the model's vocab_size is 700"):
+        ServedModel.load(folder, Settings())
 
 
 def test_the_demo_model_as_the_api_sees_it(demo_checkpoint_folder: Path) -> None:

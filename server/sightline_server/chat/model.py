@@ -3,7 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from sightline_models.config import GenerationDefaults, VlmConfig, read_config, read_generation_defaults
+from sightline_models.config import (
+    CheckpointError,
+    GenerationDefaults,
+    VlmConfig,
+    read_config,
+    read_generation_defaults,
+)
 from sightline_models.images import PreprocessConfig, read_preprocess_config
 from sightline_models.presets import demo_checkpoint
 from sightline_models.tokenizer import ChatTokenizer
@@ -38,11 +44,17 @@ class ServedModel:
                 f"--max-model-len {settings.max_model_len} is more than the {longest} positions of this checkpoint."
             )
         template = Path(settings.chat_template).read_text("utf-8") if settings.chat_template else None
+        tokenizer = ChatTokenizer.load(folder, config, chat_template=template)
+        if tokenizer.vocab_size > config.decoder.vocab_size:
+            raise CheckpointError(
+                f"{folder.name}: tokenizer.json knows {tokenizer.vocab_size} tokens, the model's vocab_size is "
+                f"{config.decoder.vocab_size}: they are not of the same checkpoint."
+            )
         return cls(
             names=settings.served_model_name or (_default_name(folder, settings),),
             folder=folder,
             config=config,
-            tokenizer=ChatTokenizer.load(folder, config, chat_template=template),
+            tokenizer=tokenizer,
             preprocess=read_preprocess_config(folder, config),
             generation=read_generation_defaults(folder, config),
             created=int((folder / "config.json").stat().st_mtime),
