@@ -72,10 +72,12 @@ class Runner:
         for group in passes_of_equal_shape(plan.slices):
             batch = self._batch(group)
             hidden_TD = self._forward(batch)
+            if not batch.sample_rows:
+                continue
+            # Logits of a full pass, then every row sampled alone: no shape depends on batch mates.
+            logits_TV = self._model.logits(hidden_TD)
             for row, piece in zip(batch.sample_rows, (piece for piece in group if piece.samples), strict=True):
-                # Every row is sampled alone, from logits computed for a full pass: no shape depends on batch mates.
-                logits_1V = self._model.logits(hidden_TD)[row : row + 1]
-                sampled[id(piece.sequence)] = choose_tokens(logits_1V, [piece.sequence])[0]
+                sampled[id(piece.sequence)] = choose_tokens(logits_TV[row : row + 1], [piece.sequence])[0]
         return [sampled[id(sequence)] for sequence in sampling]
 
     def _encode(self, keys: Seq[bytes], pixels: Mapping[bytes, Pixels]) -> None:
