@@ -12,6 +12,7 @@ import dataclasses
 import datetime
 import json
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -249,6 +250,8 @@ def main(arguments: list[str] | None = None) -> int:
             "with --no-peer."
         )
         return 1
+    # Ended from outside, it still ends the servers it has started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     began = time.monotonic()
     document: dict[str, Any] = {"suite": "cpu", "size": "full" if args.full else "quick", "machine": describe_machine()}
     outcomes = []
