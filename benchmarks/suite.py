@@ -135,7 +135,7 @@ class Variant:
 OURS = [Variant("ours", dtype, threads) for dtype in ("auto", "bfloat16") for threads in ("default", "1")]
 PEERS = [Variant("peer", dtype, threads) for dtype in transformers_serve.DTYPES for threads in ("default", "1")]
 UNTUNED = Variant("peer", "auto", "default")
-"""The peer as its manual starts it; the other one has the precision and the threads that were fastest here."""
+"""The peer with its own defaults; the other one has the precision and the threads that were fastest here."""
 
 
 @contextlib.contextmanager

@@ -122,7 +122,6 @@ def fake_model(**changes: Any) -> ServedModel:
         feature_layers=(-2,),
         select_strategy="default",
         dtype="float32",
-        bos_token_id=BOS,
         eos_token_ids=(EOS,),
         architecture="LlavaForConditionalGeneration",
         is_llava15=True,

@@ -30,11 +30,6 @@ class TensorEntry:
     num_bytes: int
 
 
-def checkpoint_bytes(folder: Path) -> int:
-    """Bytes of all weights on disk, from headers alone; raises CheckpointError as ``read_entries`` does."""
-    return sum(entry.num_bytes for entry in read_entries(folder))
-
-
 def read_entries(folder: Path) -> tuple[TensorEntry, ...]:
     """Every tensor of the folder's safetensors files, shard by shard in the order they lie on disk.
 

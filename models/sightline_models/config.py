@@ -121,7 +121,6 @@ class VlmConfig:
     """``default`` drops the class token, ``full`` keeps it."""
     dtype: str
     """What the checkpoint's weights are said to be: bfloat16, float16 or float32."""
-    bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     architecture: str
     is_llava15: bool
@@ -191,7 +190,6 @@ def read_config(folder: Path) -> VlmConfig:
         feature_layers=feature_layers,
         select_strategy="full" if strategy == "full" else "default",
         dtype=_read_dtype(top, text),
-        bos_token_id=text.get("bos_token_id", 1),
         eos_token_ids=_token_ids(text, text.get("eos_token_id", 2)),
         architecture=architecture,
         is_llava15=(

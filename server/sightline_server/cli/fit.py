@@ -9,9 +9,6 @@ from sightline_models.config import VlmConfig
 from sightline_models.parameter_count import QUANTIZED_BITS, count_parameters, kv_bytes_per_token, weight_bytes
 from sightline_server.settings import Settings
 
-RELEASED = ("float32", "bfloat16", "float16")
-"""Precisions that this release serves; the others are shown as sizes."""
-
 PROCESSES_BYTES = 900 * 2**20
 """Resident memory of the API, two decode workers and an engine with torch loaded, before any weights."""
 

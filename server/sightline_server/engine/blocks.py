@@ -109,11 +109,6 @@ class BlockPool:
             self._hash_of[block] = key
             self._block_of[key] = block
 
-    def clear_cache(self) -> None:
-        """Forget all content; users keep their blocks."""
-        self._hash_of.clear()
-        self._block_of.clear()
-
     def check(self, held: Iterable[Sequence[int]]) -> None:
         """Assert that the books equal ``held``, the blocks of every live sequence."""
         users = [0] * self.num_blocks

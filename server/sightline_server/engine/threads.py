@@ -1,7 +1,7 @@
 """How many CPU threads a step gets: one for few rows, for many rows whichever choice has lately been fastest.
 
-Threads that meet at every operation wait for the slowest of them. On free cores two are nearly twice as fast as one;
-beside a busy process, which may come and go, they are several times slower. Only time tells, so time is what this
+Threads that meet at every operation wait for the slowest of them. On free cores two are faster than one;
+beside a busy process, which may come and go, they can be several times slower. Only time tells, so time is what this
 looks at. Knows rows and seconds. Knows nothing of torch or of what a step computes.
 """
 
