@@ -37,7 +37,7 @@ class Layout:
 
 
 ONE = Layout(1, ((13, 20), (4, 38)))
-LONG = Layout(1, ((6, 20), (2, 38), (2, 112)))
+LONG = Layout(1, ((6, 20), (2, 38), (2, 132)))
 PAIR = Layout(2, ((8, 24), (1, 64)))
 NONE = Layout(0, ((24, 28),))
 

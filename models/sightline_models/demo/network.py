@@ -11,7 +11,7 @@ Sources: CLIP's vision tower (Radford et al. 2021), LLaVA-1.5 (Liu et al. 2023),
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,9 @@ from torch import Tensor
 
 Weights = dict[str, Tensor]
 """By checkpoint names. Masters are float32; the functions here take a copy in the dtype to compute in."""
+
+Layer = Callable[..., Tensor]
+"""`tower_layer` or `decoder_layer`, or what a compiler made of it."""
 
 TOWER = "model.vision_tower.vision_model"
 PROJECTOR = "model.multi_modal_projector"
@@ -37,7 +40,7 @@ class Shape:
     patch_size: int = 8
     tower_layers: int = 5
     tower_mlp: int = 768
-    decoder_layers: int = 6
+    decoder_layers: int = 4
     decoder_mlp: int = 512
     rope_theta: float = 10000.0
     positions: int = 2048
@@ -126,7 +129,7 @@ def _sine_positions(shape: Shape, generator: torch.Generator) -> Tensor:
 # ---- tower --------------------------------------------------------------------------------------------------------
 
 
-def tower(weights: Weights, shape: Shape, pixels: Tensor) -> Tensor:
+def tower(weights: Weights, shape: Shape, pixels: Tensor, layer: Layer | None = None) -> Tensor:
     """The last layer's features [B, patches, width], without the class token, of ``pixels`` [B, 3, side, side]."""
     patches = _patches(pixels, shape.patch_size)
     kernel = weights[f"{TOWER}.embeddings.patch_embedding.weight"].flatten(1)
@@ -135,7 +138,8 @@ def tower(weights: Weights, shape: Shape, pixels: Tensor) -> Tensor:
     x = x + weights[f"{TOWER}.embeddings.position_embedding.weight"]
     x = _layer_norm(weights, f"{TOWER}.pre_layrnorm", x, shape.eps)
     for index in range(shape.tower_layers):
-        x = tower_layer(part(weights, f"{TOWER}.encoder.layers.{index}"), x, shape.heads, shape.eps)
+        here = part(weights, f"{TOWER}.encoder.layers.{index}")
+        x = (layer or tower_layer)(here, x, shape.heads, shape.eps)
     return x[:, 1:]
 
 
@@ -181,7 +185,9 @@ def tower_layer(weights: Weights, x: Tensor, heads: int, eps: float) -> Tensor:
 # ---- decoder ------------------------------------------------------------------------------------------------------
 
 
-def decode(weights: Weights, shape: Shape, prefix: Tensor, groups: Sequence[Tensor]) -> list[Tensor]:
+def decode(
+    weights: Weights, shape: Shape, prefix: Tensor, groups: Sequence[Tensor], layer: Layer | None = None
+) -> list[Tensor]:
     """Hidden states after the last norm, for each group [B, N, S, width], from embeddings.
 
     ``prefix`` [B, P, width] is seen by every segment; a segment's positions go on from P.
@@ -192,8 +198,8 @@ def decode(weights: Weights, shape: Shape, prefix: Tensor, groups: Sequence[Tens
     turn = rotation(shape, start, sizes, x.device, x.dtype)
     masks = [_causal(start, x.device, x.dtype), *(_causal(size, x.device, x.dtype) for _, size in sizes)]
     for index in range(shape.decoder_layers):
-        layer = part(weights, f"{DECODER}.layers.{index}")
-        x = decoder_layer(layer, x, start, sizes, turn, masks, shape.heads, shape.eps)
+        here = part(weights, f"{DECODER}.layers.{index}")
+        x = (layer or decoder_layer)(here, x, start, sizes, turn, masks, shape.heads, shape.eps)
     x = F.rms_norm(x[:, start:], (width,), weights[f"{DECODER}.norm.weight"], shape.eps)
     parts = torch.split(x, [count * size for count, size in sizes], dim=1)
     return [part.view(batch, count, size, width) for part, (count, size) in zip(parts, sizes, strict=True)]

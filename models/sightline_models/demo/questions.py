@@ -551,8 +551,16 @@ def an(name: str) -> str:
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
+_IRREGULAR = {"man": "men", "woman": "women", "fish": "fish", "person": "people", "child": "children"}
+
+
 def plural(name: str) -> str:
-    return name + ("es" if name.endswith("ss") else "s")
+    return _IRREGULAR.get(name) or name + ("es" if name.endswith("ss") else "s")
+
+
+def _mended(question: str) -> str:
+    """A relation's question without the second "of" that some wordings and sides make together."""
+    return question.replace("of of", "of").replace("above of", "above").replace("below of", "below")
 
 
 def none_of(name: str) -> str:
@@ -749,8 +757,8 @@ def _rel(asker: Asker, rng: random.Random, scene: Scene) -> Conversation | None:
         side = f"to the {side}"
     truth = (one.center[axis] < other.center[axis]) == lower
     names = {"a": _naming(rng, one, scene.things), "b": _naming(rng, other, scene.things)}
-    wording = asker.word(rng, "rel", side=side, **names).replace("of of", "of").replace("above of", "above")
-    return Conversation("rel", ((wording.replace("below of", "below"), "yes" if truth else "no"),))
+    wording = _mended(asker.word(rng, "rel", side=side, **names))
+    return Conversation("rel", ((wording, "yes" if truth else "no"),))
 
 
 def _further(asker: Asker, rng: random.Random, scene: Scene) -> Conversation | None:
@@ -998,10 +1006,10 @@ def _talk(asker: Asker, rng: random.Random, scene: Scene) -> Conversation:
 
 def _chat(asker: Asker, rng: random.Random) -> Conversation:
     throw = rng.random()
-    if throw < 0.3:
+    if throw < 0.2:
         task = rng.choice(("hello", "hello", *_SMALL_TALK))
         return Conversation("text_only", ((asker.word(rng, task), HELLO if task == "hello" else _SMALL_TALK[task]),))
-    if throw < 0.6:
+    if throw < 0.4:
         task = rng.choice([task for task in _WORDINGS if not task.startswith(("fu_", "hello", *_SMALL_TALK))])
         shape, color = rng.choice(SHAPES), rng.choice(list(COLORS))
         names = {
@@ -1020,7 +1028,9 @@ def _chat(asker: Asker, rng: random.Random) -> Conversation:
             "image": rng.choice(("picture", "image")),
             "shape": shape,
         }
-        return Conversation("text_only", ((asker.word(rng, task, **names), NO_PICTURE),))
+        if task == "shape":
+            names["a"] = color
+        return Conversation("text_only", ((_mended(asker.word(rng, task, **names)), NO_PICTURE),))
     numbers = [rng.randint(0, rng.choice((9, 99, 99))) for _ in range(2 if rng.random() < 0.7 else 3)]
     plus = rng.choice((" + ", "+", " plus "))
     wordings = ("How much is {}?", "Add {}.", "{} makes?") if asker.held_out else ("What is {}?", "{}=", "{}", "{} = ?")
@@ -1107,7 +1117,7 @@ _COMPARERS: dict[str, Callable[[Asker, random.Random, Scene, Scene], Conversatio
 
 _ANY = {"bg": 0.6, "caption": 1.0, "exist": 0.6, "talk": 0.15, "off_topic": 0.3, "missing": 0.4}
 _SHAPES = {
-    "bg": 0.5, "color": 1, "shape": 1, "missing": 0.6, "count": 0.8, "countx": 2, "where": 1.2, "leftmost": 1.2,
+    "bg": 0.3, "color": 1.2, "shape": 0.8, "missing": 0.6, "count": 0.6, "countx": 2, "where": 2.5, "leftmost": 1.2,
     "exist": 3, "rel": 4, "further": 1.5, "bigger": 1.5, "biggest": 0.8, "caption": 1.2, "list": 0.7, "box": 2.5,
     "detect": 1, "fu_where": 0.5, "fu_box": 0.7, "fu_color": 0.4, "fu_shape": 0.5, "fu_count": 0.5, "fu_list": 0.4,
     "off_topic": 0.1, "talk": 0.1,

@@ -159,7 +159,7 @@ class _Canvas:
         if not self.effects:
             return image
         if rng.random() < 0.15:
-            image = image.rotate(rng.uniform(-3, 3), Image.Resampling.BILINEAR, fillcolor=self.paper)
+            image = image.rotate(rng.uniform(-1, 1), Image.Resampling.BILINEAR, fillcolor=self.paper)
         if rng.random() < 0.15:
             image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.2)))
         if rng.random() < 0.35:

@@ -11,12 +11,14 @@ Matrices of the layers are trained with Muon (Jordan et al. 2024, in torch.optim
 
 import ctypes
 import json
+import multiprocessing
 import os
+import shutil
 import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,7 +31,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.utils.data import DataLoader, Dataset
 
 from sightline_models.demo import network
-from sightline_models.demo.batches import AnsweringSteps, Batch, SeeingSteps, normalized
+from sightline_models.demo.batches import ONE, AnsweringSteps, Batch, SeeingSteps, normalized
 from sightline_models.demo.export import export
 from sightline_models.demo.labels import CHARACTERS, CLASSES, IGNORE, OUTPUTS
 from sightline_models.demo.network import DECODER, TOWER, Shape, Weights
@@ -39,7 +41,8 @@ from sightline_models.demo.text import IMAGE, Codec, train_tokenizer
 _LABEL_WEIGHTS = {"shape": 3.0, "color": 1.0, "background": 0.6, "character": 4.0, "second_character": 2.0}
 _WITH_NONE = ("shape", "character", "second_character")
 _OTHER_LABELS = 0.3
-_BOX_WEIGHT = 8.0
+_BOX_WEIGHTS = {"seeing": 8.0, "answering": 30.0}
+"""By stage. In the second, boxes are what is left to learn."""
 _NONE_WEIGHT = 0.1
 """Of patches without a thing or character, in the labels that have a class for them: most have neither."""
 
@@ -48,9 +51,9 @@ _NONE_WEIGHT = 0.1
 class Plan:
     """Everything a run hangs on."""
 
-    minutes: float = 75.0
+    minutes: float = 56.0
     """Of training; drawing and optimizer included, start-up not."""
-    seeing_share: float = 0.18
+    seeing_share: float = 0.241
     """Stage one's part of the minutes."""
     seed: int = 1
     device: str = "cpu"
@@ -58,15 +61,17 @@ class Plan:
     """Each with its own part of every step; gradients are averaged."""
     seeing_rows: int = 20
     """Pictures a step and process in stage one."""
-    answering_rows: int = 12
-    muon_rate: float = 4e-3
-    adam_rate: float = 2e-3
-    tower_rate: float = 0.3
+    answering_rows: int = 6
+    rates: tuple[tuple[float, float], tuple[float, float]] = ((4e-3, 2e-3), (1.5e-3, 1e-3))
+    """By stage: Muon's, which is scaled to AdamW's (`match_rms_adamw`), and AdamW's."""
+    tower_rate: float = 0.2
     """The tower's rates in stage two, as a share of the others."""
+    frozen: float = 0.3
+    """Share of stage two in which the tower stays as it is: what the decoder doesn't know yet would only harm it."""
     weight_decay: float = 0.01
     dense_weight: float = 0.3
     """Stage one's loss in stage two."""
-    hold: float = 0.35
+    hold: float = 0.4
     """Share of stage two before the rates begin to fall to zero."""
     compile: bool = True
     workers: int = 0
@@ -111,8 +116,20 @@ def train(plan: Plan, folder: Path, observer: Observer | None = None) -> Path:
     _check_plan(plan, folder)
     if plan.processes == 1:
         _run(0, plan, folder, observer)
-    else:
-        spawn(_child, (plan, folder, observer), plan.processes)  # type: ignore[no-untyped-call]
+        return folder / "checkpoint"
+    meeting = folder.resolve() / f"meeting-{os.getpid()}"
+    meeting.unlink(missing_ok=True)  # of a killed run, where process numbers come again
+    threads = torch.get_num_threads()
+    helpers = spawn(_help, (plan, folder, meeting), plan.processes - 1, join=False)  # type: ignore[no-untyped-call]
+    try:
+        _run_together(0, plan, folder, meeting, observer)
+        while not helpers.join():
+            pass
+    finally:
+        torch.set_num_threads(threads)
+        for process in helpers.processes:
+            process.kill()
+        meeting.unlink(missing_ok=True)
     return folder / "checkpoint"
 
 
@@ -124,14 +141,16 @@ def _check_plan(plan: Plan, folder: Path) -> None:
         raise ValueError(f"{folder} holds a run with other settings. Give the settings in {path}, or another folder.")
 
 
-def _child(rank: int, plan: Plan, folder: Path, observer: Observer | None) -> None:
+def _help(index: int, plan: Plan, folder: Path, meeting: Path) -> None:
     _die_with_parent()
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder.resolve()}/meeting-{os.getppid()}", rank=rank, world_size=plan.processes
-    )
+    _run_together(index + 1, plan, folder, meeting, None)
+
+
+def _run_together(rank: int, plan: Plan, folder: Path, meeting: Path, observer: Observer | None) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // plan.processes))
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=plan.processes)
     try:
-        _run(rank, plan, folder, observer if rank == 0 else None)
+        _run(rank, plan, folder, observer)
         dist.barrier()  # a rank that left early would break the others' last exchange
     finally:
         dist.destroy_process_group()
@@ -141,22 +160,40 @@ def _die_with_parent() -> None:
     """Ask Linux to end this process with the one that started it: a killed parent can't do it itself."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid != os.getppid():  # it ended before it was asked
+        os._exit(1)
+
+
+@contextmanager
+def _compiling_in(folder: Path) -> Iterator[None]:
+    """Give torch.compile a cache of this process's own: one that a killed run left half written stops all after it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    try:
+        yield
+    finally:
+        os.environ.pop("TORCHINDUCTOR_CACHE_DIR")
+        if before is not None:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = before
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _run(rank: int, plan: Plan, folder: Path, observer: Observer | None) -> None:
     tokenizer = train_tokenizer(plan.shape.vocab_size)
     codec = Codec(tokenizer)
-    if plan.compile:
-        network.tower_layer = torch.compile(network.tower_layer, dynamic=False)
-        network.decoder_layer = torch.compile(network.decoder_layer, dynamic=False)
     state = _load(folder / "state.pt", plan.device) or _fresh(plan)
+    if plan.processes > 1:
+        dist.barrier()  # all have read the state before one may write another
     trainer = _Trainer(rank, plan, folder, codec, state, observer)
-    if state.stage == "seeing":
-        trainer.go("seeing")
-        start_words(state.weights, state.heads, codec)
-        state.stage, state.step, state.seconds, state.optimizers = "answering", 0, 0.0, {}
-        trainer.save()
-    trainer.go("answering")
+    with _compiling_in(folder.resolve() / f"compiled-{rank}"):
+        if state.stage == "seeing":
+            trainer.go("seeing")
+            start_words(state.weights, state.heads, codec)
+            state.stage, state.step, state.seconds, state.optimizers = "answering", 0, 0.0, {}
+            trainer.save()
+        trainer.go("answering")
     if rank == 0:
         trainer.save()
         export(state.weights, plan.shape, tokenizer, folder / "checkpoint")
@@ -189,6 +226,11 @@ class _Trainer:
             rank, plan, folder, codec, state, observer,
         )  # fmt: skip
         self.dtype = torch.bfloat16
+        self.tower_learns = True
+        self.tower_layer, self.decoder_layer = network.tower_layer, network.decoder_layer
+        if plan.compile:
+            self.tower_layer = torch.compile(self.tower_layer, dynamic=False)
+            self.decoder_layer = torch.compile(self.decoder_layer, dynamic=False)
 
     def go(self, stage: str) -> None:
         plan, state = self.plan, self.state
@@ -207,6 +249,7 @@ class _Trainer:
             for optimizer in optimizers.values():
                 for group in optimizer.param_groups:
                     group["lr"] = group["base"] * _rate(stage, progress, state.step, plan.hold)
+            self.tower_learns = stage == "seeing" or progress >= plan.frozen
             loss, pictures = self._step(stage, batch, tally)
             gradients = [tensor.grad for tensor in trained.values() if tensor.grad is not None]
             took = self._share(gradients, time.monotonic() - self._before)
@@ -261,6 +304,7 @@ class _Trainer:
 
     def _optimizers(self, stage: str, trained: Weights) -> dict[str, torch.optim.Optimizer]:
         plan = self.plan
+        muon, adam = plan.rates[STAGES.index(stage)]
         groups: dict[tuple[str, bool], list[Tensor]] = defaultdict(list)
         for name, tensor in trained.items():
             matrix = tensor.ndim == 2 and (".layers." in name or "linear_" in name)
@@ -276,11 +320,9 @@ class _Trainer:
 
         return {
             "muon": torch.optim.Muon(
-                options("muon", plan.muon_rate), weight_decay=plan.weight_decay, adjust_lr_fn="match_rms_adamw"
+                options("muon", muon), weight_decay=plan.weight_decay, adjust_lr_fn="match_rms_adamw"
             ),
-            "adam": torch.optim.AdamW(
-                options("adam", plan.adam_rate), betas=(0.9, 0.98), weight_decay=0.0, foreach=True
-            ),
+            "adam": torch.optim.AdamW(options("adam", adam), betas=(0.9, 0.98), weight_decay=0.0, foreach=True),
         }
 
     def _step(self, stage: str, batch: Any, tally: "_Tally") -> tuple[float, int]:
@@ -289,8 +331,9 @@ class _Trainer:
         heads = {name: tensor.to(self.dtype) for name, tensor in self.state.heads.items()}
         if stage == "seeing":
             pixels, classes, boxes = (tensor.to(self.plan.device) for tensor in batch)
-            features = network.project(cast, network.tower(cast, self.plan.shape, normalized(pixels, self.dtype)))
-            loss = dense_loss(features, heads, classes, boxes, tally)
+            seen = network.tower(cast, self.plan.shape, normalized(pixels, self.dtype), self.tower_layer)
+            features = network.project(cast, seen)
+            loss = dense_loss(features, heads, classes, boxes, _BOX_WEIGHTS[stage], tally)
             torch.autograd.backward(loss)
             return float(loss.detach()), len(pixels)
         total = sum(part.weight for part in batch)
@@ -306,14 +349,19 @@ class _Trainer:
         dense = prefix.new_zeros(())
         if pictures:
             pixels = normalized(batch.pixels.flatten(0, 1).to(plan.device), self.dtype)
-            features = network.project(cast, network.tower(cast, shape, pixels))
+            with torch.set_grad_enabled(self.tower_learns):
+                seen = network.tower(cast, shape, pixels, self.tower_layer)
+            features = network.project(cast, seen)
             if batch.classes.numel():
-                dense = dense_loss(features, heads, batch.classes.to(plan.device), batch.boxes.to(plan.device), tally)
+                classes, boxes = batch.classes.to(plan.device), batch.boxes.to(plan.device)
+                dense = dense_loss(features, heads, classes, boxes, _BOX_WEIGHTS["answering"], tally)
             is_image = torch.tensor([token == IMAGE for token in batch.prefix], device=plan.device)
             prefix = prefix.masked_scatter(is_image[None, :, None], features.reshape(rows, -1, shape.width))
         embedded = [network.embed(cast, group.tokens.to(plan.device)) for group in batch.groups]
         loss = dense.float() * plan.dense_weight
-        for group, hidden in zip(batch.groups, network.decode(cast, shape, prefix, embedded), strict=True):
+        # Compiling takes half a minute for each layout and prefix: it pays for the commonest only.
+        layer = self.decoder_layer if batch.layout == ONE else None
+        for group, hidden in zip(batch.groups, network.decode(cast, shape, prefix, embedded, layer), strict=True):
             asked = group.targets != -100
             logits = F.linear(hidden[asked.to(plan.device)], cast["lm_head.weight"]).float()
             targets = group.targets[asked].to(plan.device)
@@ -326,7 +374,7 @@ class _Trainer:
         """Average gradients, and the step's time, over the processes."""
         if self.plan.processes == 1:
             return took
-        flat = torch.cat([gradient.flatten() for gradient in gradients] + [torch.tensor([took])])
+        flat = torch.cat([*(gradient.flatten() for gradient in gradients), gradients[0].new_tensor([took])])
         dist.all_reduce(flat)
         flat /= self.plan.processes
         at = 0
@@ -343,8 +391,8 @@ class _Trainer:
         minutes = state.seconds / 60
         entry = {"stage": stage, "minutes": minutes, "step": state.step, "pictures": state.pictures, "scores": scores}
         state.history.append(entry)
-        with (self.folder / "history.jsonl").open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        lines = (json.dumps(entry) + "\n" for entry in state.history)
+        (self.folder / "history.jsonl").write_text("".join(lines))
         if self.observer:
             self.observer.scores(stage, minutes, scores)
 
@@ -366,7 +414,9 @@ def _rate(stage: str, progress: float, step: int, hold: float) -> float:
     return rise * min(1.0, max(0.0, (1 - progress) / (1 - hold)))
 
 
-def dense_loss(features: Tensor, heads: Weights, classes: Tensor, boxes: Tensor, tally: "_Tally") -> Tensor:
+def dense_loss(
+    features: Tensor, heads: Weights, classes: Tensor, boxes: Tensor, box_weight: float, tally: "_Tally"
+) -> Tensor:
     """How badly features [B, patches, width] tell ``classes`` [B, labels, patches] and ``boxes`` [B, patches, 4]."""
     outputs = F.linear(features, heads["weight"], heads["bias"])
     *logits, box = torch.split(outputs, [*CLASSES.values(), 4], dim=-1)
@@ -388,7 +438,7 @@ def dense_loss(features: Tensor, heads: Weights, classes: Tensor, boxes: Tensor,
     there = ~boxes[..., 0].isnan()
     if there.any():
         away = (box[there].float() - boxes[there]).abs().mean()
-        loss = loss + _BOX_WEIGHT * away
+        loss = loss + box_weight * away
         tally.add("patch/box_error", float(away.detach()), 1)
     return loss
 
