@@ -169,7 +169,7 @@ def record_chat(server: Server) -> str:
     with tempfile.TemporaryDirectory() as folder:
         chat_pictures(Path(folder))
         command = [sys.executable, "-m", "sightline_server.cli.main", "chat", "--url", server.url]
-        environment = {**os.environ, "TERM": "dumb", "NO_COLOR": "1", "COLUMNS": "110", "PYTHONUNBUFFERED": "1"}
+        environment = {**os.environ, "TERM": "xterm", "NO_COLOR": "1", "COLUMNS": "110", "PYTHONUNBUFFERED": "1"}
         child = pexpect.spawn(
             command[0], command[1:], cwd=folder, env=environment, encoding="utf-8", timeout=60, dimensions=(60, 110)
         )

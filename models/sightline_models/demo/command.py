@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from sightline_models.demo.train import Plan, curves, train
 
 _SHOWN = ("color", "shape", "count", "where", "exist", "rel", "box", "caption", "read_number", "read_word", "sum")
-_TITLES = {"seeing": "learning to see", "answering": "learning to answer"}
+_TITLES = {"seeing": "learning to see", "answering": "learning to answer", "clip": "learning to match"}
 
 
 class Show:

@@ -22,7 +22,8 @@ SILENCE_TIMEOUT_S = 600.0
 """A long prompt on a slow CPU is silent for minutes before its first token."""
 
 MIN_RATED_TOKENS = 5
-"""A rate over fewer tokens says nothing."""
+MIN_RATED_S = 0.01
+"""A rate over fewer tokens, or over a time in which they came all at once, says nothing."""
 
 Message = dict[str, Any]
 
@@ -104,9 +105,10 @@ class AnswerStream:
     @property
     def tokens_per_s(self) -> float | None:
         """Tokens a second after the first text, or None when there were too few to tell."""
-        if self._first is None or self.completion_tokens < MIN_RATED_TOKENS or self._last <= self._first:
+        if self._first is None or self.completion_tokens < MIN_RATED_TOKENS:
             return None
-        return (self.completion_tokens - 1) / (self._last - self._first)
+        took = self._last - self._first
+        return (self.completion_tokens - 1) / took if took >= MIN_RATED_S else None
 
 
 class ChatClient:
