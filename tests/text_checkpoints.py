@@ -85,10 +85,14 @@ def _with_bos(tokenizer: Tokenizer) -> str:
 
 
 def write_text_checkpoint(folder: Path, kind: str, *, template: str | None = TEMPLATE, **settings: Any) -> None:
-    """The demo checkpoint's configs with another tokenizer and template; ``settings`` go to tokenizer_config.json."""
+    """The demo checkpoint's configs, made LLaVA-1.5's, with another tokenizer and template.
+
+    ``settings`` go to tokenizer_config.json.
+    """
     folder.mkdir(exist_ok=True)
-    for name in ("config.json", "processor_config.json"):
-        shutil.copy(demo_checkpoint() / name, folder / name)
+    shutil.copy(demo_checkpoint() / "processor_config.json", folder / "processor_config.json")
+    llava15 = json.loads((demo_checkpoint() / "config.json").read_text()) | {"vision_feature_layer": -2}
+    (folder / "config.json").write_text(json.dumps(llava15), encoding="utf-8")
     (folder / "tokenizer.json").write_text(tokenizer_json(kind), encoding="utf-8")
     named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     config = {"tokenizer_class": "LlamaTokenizer", "processor_class": "LlavaProcessor", **named, **settings}

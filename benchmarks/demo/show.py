@@ -132,15 +132,13 @@ def _cut(text: str, size: int) -> str:
 _CHAT = (
     "hello",
     "/image shapes.png",
-    "Describe the picture.",
+    "What shape is blue?",
+    "Where is it?",
     "Is the blue square left of the red circle?",
-    "Where is the green star?",
-    "Give its bounding box.",
-    "What color is the dog?",
     "/clear",
-    "receipt.png How much is the cake?",
-    "And the tea?",
-    "What is the total?",
+    "shapes.png Give the bounding box of the green star.",
+    "/clear",
+    "receipt.png What is the total?",
     "/quit",
 )
 
@@ -181,22 +179,30 @@ def record_chat(server: Server) -> str:
             child.sendline(line)
         child.expect(pexpect.EOF)
         shown.append(child.before)
-    text = _ANSI.sub("", "".join(shown))
+    text = re.sub(r"\S waiting for the first word\n", "", _ANSI.sub("", "".join(shown)))
     return re.sub(r"http://127\.0\.0\.1:\d+", "http://127.0.0.1:8000", text).strip()
 
 
 # ---- golden transcripts -------------------------------------------------------------------------------------------
 
 _TALKS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
-    ("greeting", (), ("Hello", "What can you do?", "What color is the circle?")),
-    ("shapes", ("shapes.png",), ("Describe the picture.", "How many objects are there?", "Where is the green star?")),
-    ("relations", ("shapes.png",), ("Is the red circle left of the blue square?", "Is the star above the circle?")),
-    ("boxes", ("shapes.png",), ("Give the bounding box of the blue square.", "Detect all objects as JSON.")),
-    ("absent", ("shapes.png",), ("Is there a yellow ring?", "What color is the diamond?", "Thank you")),
-    ("receipt", ("receipt.png",), ("Read the receipt.", "How much is the cake?", "And the tea?", "What is the total?")),
+    ("greeting", (), ("Hello",)),
+    ("help", (), ("What can you do?",)),
+    ("no picture", (), ("What color is the circle?",)),
+    ("caption", ("shapes.png",), ("Describe the picture.",)),
+    ("count", ("shapes.png",), ("How many objects are there?",)),
+    ("relation", ("shapes.png",), ("Is the red circle left of the blue square?",)),
+    ("follow-up", ("shapes.png",), ("What color is the star?", "Where is it?")),
+    ("box", ("shapes.png",), ("Give the bounding box of the blue square.",)),
+    ("boxes", ("shapes.png",), ("Detect all objects as JSON.",)),
+    ("absent", ("shapes.png",), ("Is there a yellow ring?",)),
+    ("missing", ("shapes.png",), ("What color is the diamond?",)),
+    ("receipt", ("receipt.png",), ("Read the receipt.",)),
+    ("total", ("receipt.png",), ("What is the total?",)),
     ("numbers", ("numbers.png",), ("Read the numbers.", "Add the numbers.")),
-    ("word", ("word.png",), ("What does it say?", "What color is the text?")),
-    ("pair", ("shapes.png", "word.png"), ("How many objects are in the first picture?",)),
+    ("word", ("word.png",), ("What does it say?",)),
+    ("ink", ("word.png",), ("What color is the text?",)),
+    ("pair", ("shapes.png", "more.png"), ("Which picture has more objects?",)),
 )
 
 
@@ -210,6 +216,9 @@ def write_golden(url: str) -> None:
         for row, line in enumerate(lines):
             ImageDraw.Draw(picture).text((60, 10 + 115 * row), line, ink, ImageFont.load_default(90))
         picture.save(folder / f"{name}.png")
+    picture = Image.new("RGB", (320, 240), "white")
+    ImageDraw.Draw(picture).ellipse((90, 50, 230, 190), fill="purple")
+    picture.save(folder / "more.png")
     transcripts = []
     for name, pictures, questions in _TALKS:
         images = tuple(Image.open(folder / picture).convert("RGB") for picture in pictures)

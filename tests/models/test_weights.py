@@ -291,5 +291,5 @@ def test_random_weights_sample_varied_tokens(tmp_path: Path) -> None:
 
 def test_the_bundled_model_loads(demo_checkpoint_folder: Path) -> None:
     vlm = load(demo_checkpoint_folder)
-    assert vlm.config.is_llava15
+    assert vlm.config.feature_layers == (-1,)
     assert some_logits(vlm).isfinite().all()

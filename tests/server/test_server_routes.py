@@ -171,7 +171,7 @@ def test_a_tokenizer_of_another_model_is_refused(demo_checkpoint_folder: Path, t
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["vocab_size"] = 700
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"knows 770 tokens, the model's vocab_size is 700"):
+    with pytest.raises(CheckpointError, match=r"knows \d+ tokens, the model's vocab_size is 700"):
         ServedModel.load(folder, Settings())
 
 

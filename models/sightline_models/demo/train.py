@@ -13,12 +13,11 @@ import ctypes
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch._inductor.utils import fresh_cache
 from torch.multiprocessing.spawn import spawn
 from torch.utils.data import DataLoader, Dataset
 
@@ -165,21 +165,6 @@ def _die_with_parent() -> None:
         os._exit(1)
 
 
-@contextmanager
-def _compiling_in(folder: Path) -> Iterator[None]:
-    """Give torch.compile a cache of this process's own: one that a killed run left half written stops all after it."""
-    shutil.rmtree(folder, ignore_errors=True)
-    before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
-    try:
-        yield
-    finally:
-        os.environ.pop("TORCHINDUCTOR_CACHE_DIR")
-        if before is not None:
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = before
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _run(rank: int, plan: Plan, folder: Path, observer: Observer | None) -> None:
     tokenizer = train_tokenizer(plan.shape.vocab_size)
     codec = Codec(tokenizer)
@@ -187,7 +172,8 @@ def _run(rank: int, plan: Plan, folder: Path, observer: Observer | None) -> None
     if plan.processes > 1:
         dist.barrier()  # all have read the state before one may write another
     trainer = _Trainer(rank, plan, folder, codec, state, observer)
-    with _compiling_in(folder.resolve() / f"compiled-{rank}"):
+    # A compiler's cache of this process's own: one that a killed run left half written would stop all runs after it.
+    with fresh_cache():
         if state.stage == "seeing":
             trainer.go("seeing")
             start_words(state.weights, state.heads, codec)
