@@ -298,7 +298,8 @@ def test_a_second_signal_ends_the_server_at_once(start_server: StartServer) -> N
     server = start_server()
     server.wait_for("/ready", 200)
     children = psutil.Process(server.process.pid).children(recursive=True)
-    stream = Stream(server, endless()).wait_begun()
+    # Eight answers at once take seconds, also of a model as small as this one.
+    stream = Stream(server, endless() | {"n": 8}).wait_begun()
     server.process.send_signal(signal.SIGTERM)
     server.wait_for("/ready", 503, timeout_s=10)
     began = time.monotonic()
