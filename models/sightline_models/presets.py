@@ -13,8 +13,8 @@ from sightline_models.synthetic_tokenizer import SPECIAL_TOKENS, tokenizer_json
 
 _BOS, _EOS, _PAD, _IMAGE = (SPECIAL_TOKENS.index(token) for token in ("<s>", "</s>", "<pad>", "<image>"))
 
-_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 _CHAT_TEMPLATE = """\
 {%- for message in messages %}
@@ -266,9 +266,9 @@ def _image_processor(preset: Preset) -> dict[str, Any]:
         "do_normalize": True,
         "do_rescale": True,
         "do_resize": True,
-        "image_mean": list(_CLIP_MEAN),
+        "image_mean": list(CLIP_MEAN),
         "image_processor_type": "CLIPImageProcessor",
-        "image_std": list(_CLIP_STD),
+        "image_std": list(CLIP_STD),
         "resample": 3,
         "rescale_factor": 1 / 255,
         "size": {"shortest_edge": side},

@@ -19,9 +19,10 @@ from sightline_models.demo import scenes
 from sightline_models.demo.questions import PAIR_TASKS, TASKS, Asker
 from sightline_models.demo.scenes import Look, Scene
 from sightline_models.demo.text import PAD, SYSTEM_PROMPTS, Codec, Segment
+from sightline_models.presets import CLIP_MEAN, CLIP_STD
 
-_MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1) * 255
-_STD = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1) * 255
+_MEAN = torch.tensor(CLIP_MEAN).view(3, 1, 1) * 255
+_STD = torch.tensor(CLIP_STD).view(3, 1, 1) * 255
 
 SEEING = Look(weights=(0.46, 0.12, 0.14, 0.16, 0.12))
 """The first stage's pictures: more writing, since a character is harder to tell than a shape."""

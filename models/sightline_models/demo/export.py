@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from sightline_models.demo.network import DECODER, PROJECTOR, TOWER, Shape, Weights
 from sightline_models.demo.text import BOS, CHAT_TEMPLATE, EOS, IMAGE, PAD, to_json
+from sightline_models.presets import CLIP_MEAN, CLIP_STD
 
 # As published LLaVA-1.5 checkpoints name them.
 _PUBLISHED = {
@@ -21,8 +22,6 @@ _PUBLISHED = {
     DECODER: "language_model.model",
     "lm_head": "language_model.lm_head",
 }
-_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def export(weights: Weights, shape: Shape, tokenizer: Tokenizer, folder: Path) -> None:
@@ -93,9 +92,9 @@ def _image_processor(shape: Shape) -> dict[str, Any]:
         "do_normalize": True,
         "do_rescale": True,
         "do_resize": True,
-        "image_mean": list(_CLIP_MEAN),
+        "image_mean": list(CLIP_MEAN),
         "image_processor_type": "CLIPImageProcessor",
-        "image_std": list(_CLIP_STD),
+        "image_std": list(CLIP_STD),
         "resample": 3,
         "rescale_factor": 1 / 255,
         "size": side,
