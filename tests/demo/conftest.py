@@ -26,7 +26,7 @@ def codec(tokenizer: Tokenizer) -> Codec:
 def small() -> Shape:
     """Two layers in each half, pictures of 4 x 4 patches."""
     return Shape(
-        vocab_size=1024, width=32, heads=2, image_size=32, tower_layers=2, tower_mlp=48, decoder_layers=2,
+        vocab_size=1408, width=32, heads=2, image_size=32, tower_layers=2, tower_mlp=48, decoder_layers=2,
         decoder_mlp=40,
     )  # fmt: skip
 

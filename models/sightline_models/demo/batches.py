@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from sightline_models.demo import labels as labelling
 from sightline_models.demo import scenes
-from sightline_models.demo.questions import PAIR_TASKS, TASKS, Asker
+from sightline_models.demo.questions import PAIR_TASKS, TASKS, Asker, joined
 from sightline_models.demo.scenes import Look, Scene
 from sightline_models.demo.text import PAD, SYSTEM_PROMPTS, Codec, Segment
 from sightline_models.presets import CLIP_MEAN, CLIP_STD
@@ -37,10 +37,10 @@ class Layout:
     """(segments, tokens in each)"""
 
 
-ONE = Layout(1, ((13, 20), (4, 38)))
-LONG = Layout(1, ((6, 20), (2, 38), (2, 132)))
-PAIR = Layout(2, ((8, 24), (1, 64)))
-NONE = Layout(0, ((24, 28),))
+ONE = Layout(1, ((12, 22), (5, 42)))
+LONG = Layout(1, ((6, 22), (4, 50), (2, 150)))
+PAIR = Layout(2, ((7, 26), (2, 64)))
+NONE = Layout(0, ((24, 32),))
 
 
 @dataclass
@@ -114,24 +114,30 @@ class AnsweringSteps(Dataset[list[Batch]]):
 
     def __init__(self, seed: str, rows: int, side: int, grid: int, codec: Codec) -> None:
         self.seed, self.rows, self.side, self.grid, self.codec = seed, rows, side, grid, codec
-        self.asker = Asker(sloppy=0.15)
+        self.asker = Asker(sloppy=0.2)
 
     def __getitem__(self, step: int) -> list[Batch]:
         rng = random.Random(f"{self.seed}/{step}")
         if step % 5 == 0:
-            return [self._single(rng, LONG, SYSTEM_PROMPTS[step // 5 % 8] if step // 5 % 8 < 4 else "")]
+            return [self._single(rng, LONG, self._start(rng, step // 5))]
         if step % 5 == 2:
             return [self._pairs(rng), self._without(rng)]
-        return [self._single(rng, ONE, "")]
+        return [self._single(rng, ONE, self.codec.prefix(1, self.grid**2))]
 
-    def _single(self, rng: random.Random, layout: Layout, system: str) -> Batch:
+    def _start(self, rng: random.Random, turn: int) -> list[int]:
+        """What comes before the questions of a long step: in turn a system prompt, small talk, or only the picture."""
+        kind, patches = turn % 8, self.grid**2
+        if kind < len(SYSTEM_PROMPTS):
+            return self.codec.prefix(1, patches, SYSTEM_PROMPTS[kind])
+        return self.codec.prefix(1, patches, before=self.asker.chat(rng).turns if kind < 6 else ())
+
+    def _single(self, rng: random.Random, layout: Layout, prefix: list[int]) -> Batch:
         kinds = [
             None if layout is ONE else rng.choice(("shapes", "shapes", "shapes", "receipt")) for _ in range(self.rows)
         ]
         drawn = [scenes.draw(rng, scenes.TRAINED, kind) for kind in kinds]
         segments = [self._about(rng, scene, layout) for _, scene in drawn]
         pixels, classes, boxes = _pictures(drawn, self.side, self.grid)
-        prefix = self.codec.prefix(1, self.grid**2, system)
         return Batch(layout, prefix, pixels[:, None], _packed(segments, layout), classes, boxes)
 
     def _about(self, rng: random.Random, scene: Scene, layout: Layout) -> dict[int, list[Segment]]:
@@ -157,7 +163,8 @@ class AnsweringSteps(Dataset[list[Batch]]):
         segments, pixels = [], []
         for _ in range(self.rows // 2):
             (one, first), (two, second) = (scenes.draw(rng, scenes.TRAINED, "shapes") for _ in range(2))
-            asked = (self.asker.compare(rng, task, first, second) for task in rng.choices(names, weights, k=30))
+            asked = [self.asker.compare(rng, task, first, second) for task in rng.choices(names, weights, k=40)]
+            asked[::4] = [joined(asked[at : at + 2]) for at in range(0, len(asked), 4)]
             segments.append(_fill((self.codec.segment(item) for item in asked if item), PAIR))
             pixels.append(torch.stack([to_array(one, self.side), to_array(two, self.side)]))
         prefix = self.codec.prefix(2, self.grid**2)
@@ -165,10 +172,15 @@ class AnsweringSteps(Dataset[list[Batch]]):
 
     def _without(self, rng: random.Random) -> Batch:
         rows = max(1, self.rows // 6)
-        chats = ((self.codec.segment(self.asker.chat(rng)) for _ in range(40)) for _ in range(rows))
-        segments = [_fill(chat, NONE) for chat in chats]
+        segments = [_fill(self._chats(rng), NONE) for _ in range(rows)]
         empty = torch.empty(rows, 0, 3, self.side, self.side, dtype=torch.uint8)
         return Batch(NONE, self.codec.prefix(0, 0), empty, _packed(segments, NONE), torch.empty(0), torch.empty(0))
+
+    def _chats(self, rng: random.Random) -> Iterator[Segment]:
+        for _ in range(40):
+            chat = self.asker.chat(rng)
+            more = joined([chat, self.asker.chat(rng)]) if rng.random() < 0.2 else None
+            yield self.codec.segment(more or chat)
 
 
 def _fill(segments: Iterator[Segment], layout: Layout) -> dict[int, list[Segment]]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from sightline_models.demo.questions import NINTHS
 from sightline_models.demo.scenes import COLORS, SHAPES, Box, Scene
+from sightline_models.demo.words import ITEMS
 
 CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _COLOR = {name: index for index, name in enumerate(COLORS)}
@@ -35,8 +36,9 @@ CLASSES: dict[str, int] = {
     "rank_y": 6,
     "rank_size": 6,
     "place": len(_PLACES),
+    "item": len(ITEMS) + 1,
 }
-"""Class counts. Class 0 of shape and of the characters is "none"; counts are their own class."""
+"""Class counts. Class 0 of shape, characters and item is "none"; counts are their own class."""
 
 LABELS = len(CLASSES)
 OUTPUTS = sum(CLASSES.values()) + 4
@@ -111,6 +113,9 @@ def _label_texts(scene: Scene, side: int, put: dict[str, NDArray[np.int16]]) -> 
     for index, name in enumerate(("character", "row", "column", "length")):
         put[name][here] = table[best, index][here]
     put["color"][here] = _COLOR[scene.ink]
+    if scene.kind == "receipt":
+        items = [ITEMS.index(text.text) + 1 if text.text in ITEMS else 0 for text in scene.texts for _ in text.text]
+        put["item"][here] = np.array(items, np.int16)[best][here]
     if len(entries) > 1:
         second = order[1]
         also = np.take_along_axis(cover, order[1:2], 0)[0] >= 0.1

@@ -1,6 +1,6 @@
-"""What people ask about scenes, with the true answers, in wordings that are trained and wordings that are held out.
+"""What people ask about scenes, with the true answers.
 
-Knows scenes and English. Knows no pictures, no tokens and no torch.
+Knows scenes and how questions are worded (`wordings.py`). Knows no pictures, no tokens and no torch.
 
 A kind of question asks only what a person could answer at a glance: things are named so that the name fits one of
 them, a thing on the border between left and middle isn't asked to be placed, and nearly equal sizes aren't compared.
@@ -8,12 +8,14 @@ them, a thing on the border between left and middle isn't asked to be placed, an
 
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sightline_models.demo import words
 from sightline_models.demo.scenes import COLORS, SHAPES, Box, Scene, Thing, distinct
+from sightline_models.demo.wordings import WORDINGS
 
 _SQUEEZE = 0.03
 """How far, as a share of the picture, a thing must be from the border between two answers to be asked about."""
@@ -23,473 +25,12 @@ _APART = 0.08
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns about one picture, two or none. The last answer is the one that is judged."""
+    """Turns about one picture, two or none. An exam judges the last answer."""
 
     task: str
     turns: tuple[tuple[str, str], ...]
     """(question, answer)"""
 
-
-@dataclass(frozen=True)
-class _Wordings:
-    trained: tuple[str, ...]
-    held_out: tuple[str, ...]
-
-
-_WORDINGS: dict[str, _Wordings] = {}
-
-
-def _words(task: str, trained: str, held_out: str) -> None:
-    """Wordings a line each; the first is the plainest."""
-    lines = [tuple(line.strip() for line in text.strip().splitlines()) for text in (trained, held_out)]
-    _WORDINGS[task] = _Wordings(*lines)
-
-
-# {a}, {b}: things, as "red circle". {kind}: things counted, as "red circles". {side}: "left". {item}: a receipt's.
-_words(
-    "bg",
-    """What color is the background?
-    What is the background color?
-    What's the colour of the background?
-    Background color?
-    Tell me the background color.
-    On what color is it drawn?""",
-    """What colour does the background have?
-    Name the color of the background.""",
-)
-_words(
-    "color",
-    """What color is the {a}?
-    What is the color of the {a}?
-    What colour is the {a}?
-    Color of the {a}?
-    Tell me the color of the {a}.
-    Which color does the {a} have?
-    What's the color of the {a}?
-    The {a}: which color is it?""",
-    """Name the colour of the {a}.
-    Can you say what color the {a} is?""",
-)
-_words(
-    "shape",
-    """What shape is the {a} object?
-    What shape is {a}?
-    Which shape is {a}?
-    What is the {a} thing?
-    What is the shape of the {a} object?
-    Name the {a} shape.
-    What kind of shape is the {a} one?
-    What's the {a} object?""",
-    """Tell me what shape the {a} thing is.
-    The {a} one has what shape?""",
-)
-_words(
-    "count",
-    """How many objects are there?
-    How many shapes are there?
-    How many things do you see?
-    How many objects are in the picture?
-    Count the objects.
-    Count the shapes in the image.
-    Number of objects?
-    How many objects can you see in this picture?
-    how many are there""",
-    """How many shapes does the picture show?
-    Tell me how many objects you see.""",
-)
-_words(
-    "countx",
-    """How many {kind} are there?
-    How many {kind} do you see?
-    How many {kind} are in the picture?
-    Count the {kind}.
-    Number of {kind}?
-    How many {kind} can you see?
-    How many {kind} are shown?""",
-    """Tell me how many {kind} there are.
-    How many {kind} does the image contain?""",
-)
-_words(
-    "where",
-    """Where is the {a}?
-    Where is the {a} in the picture?
-    Where's the {a}?
-    In which part of the image is the {a}?
-    What is the position of the {a}?
-    Where can I find the {a}?
-    Tell me where the {a} is.""",
-    """Where do you see the {a}?
-    In what part of the picture is the {a}?""",
-)
-_words(
-    "leftmost",
-    """Which object is {most}?
-    What is the {most} object?
-    Which shape is {most}?
-    Name the {most} object.
-    What is {most}?
-    What's the {most} thing in the picture?""",
-    """Which thing is {most} here?
-    Tell me the {most} shape.""",
-)
-_words(
-    "exist",
-    """Is there {a}?
-    Is there {a} in the picture?
-    Do you see {a}?
-    Can you see {a}?
-    Does the picture show {a}?
-    Is {a} there?
-    Does the image contain {a}?
-    any {bare}?""",
-    """Is there {a} anywhere?
-    Do you find {a} in this image?""",
-)
-_words(
-    "rel",
-    """Is the {a} {side} the {b}?
-    Is the {a} {side} of the {b} or not?
-    Is the {a} located {side} the {b}?
-    Would you say the {a} is {side} the {b}?
-    Do you see the {a} {side} the {b}?
-    the {a} is {side} the {b}, right?""",
-    """Does the {a} lie {side} the {b}?
-    Can you tell if the {a} is {side} the {b}?""",
-)
-_words(
-    "further",
-    """Which is further {way}, the {a} or the {b}?
-    Which one is further {way}: the {a} or the {b}?
-    What is further {way}, the {a} or the {b}?
-    Is the {a} or the {b} further {way}?""",
-    """Of the {a} and the {b}, which is further {way}?
-    Tell me which is further {way}, the {a} or the {b}.""",
-)
-_words(
-    "bigger",
-    """Which is {more}, the {a} or the {b}?
-    Which one is {more}: the {a} or the {b}?
-    What is {more}, the {a} or the {b}?
-    Is the {a} or the {b} {more}?""",
-    """Of the {a} and the {b}, which is {more}?
-    Tell me which is {more}, the {a} or the {b}.""",
-)
-_words(
-    "biggest",
-    """Which object is the {most}?
-    What is the {most} object?
-    Which shape is the {most}?
-    Name the {most} object.""",
-    """Which of them is the {most}?
-    Tell me the {most} shape.""",
-)
-_words(
-    "caption",
-    """Describe the picture.
-    Describe the image.
-    What is in the picture?
-    What do you see?
-    What is in this image?
-    Caption this image.
-    What's in the picture?
-    Tell me what you see.
-    Give a short caption.
-    What does the picture show?
-    Write a caption for this picture.
-    what is this""",
-    """What can be seen here?
-    Please tell me what is on this picture.""",
-)
-_words(
-    "list",
-    """List the objects from left to right.
-    Name the objects from left to right.
-    List all shapes from left to right.
-    What are the objects, from left to right?""",
-    """From left to right, what do you see?
-    Go from left to right and name the shapes.""",
-)
-_words(
-    "box",
-    """Give the bounding box of the {a}.
-    Bounding box of the {a}?
-    Where exactly is the {a}? Give a bounding box.
-    Locate the {a} with a bounding box.
-    What is the bounding box of the {a}?
-    Return the bounding box of the {a} as JSON.
-    Box of the {a}?""",
-    """Show me the bounding box of the {a}.
-    I need the box of the {a} as JSON.""",
-)
-_words(
-    "detect",
-    """Detect all objects as JSON.
-    Detect all objects.
-    Give the bounding boxes of all objects.
-    Return all bounding boxes as JSON.
-    Locate all objects with bounding boxes.
-    List all objects with their boxes as JSON.""",
-    """Find every object and give its bounding box.
-    Give me the boxes of all shapes.""",
-)
-_words(
-    "ink",
-    """What color is the text?
-    What is the color of the text?
-    What colour is the writing?
-    In which color is it written?
-    Text color?
-    What color is the {what}?""",
-    """Which color does the text have?
-    Name the colour of the writing.""",
-)
-_words(
-    "read_number",
-    """Read the number.
-    What number is shown?
-    Which number do you see?
-    What is the number?
-    What does it say?
-    What number is in the picture?
-    Read the text.
-    What is written here?""",
-    """Tell me the number you see.
-    Which number is written there?""",
-)
-_words(
-    "read_numbers",
-    """Read the numbers.
-    What numbers are shown?
-    Which numbers do you see?
-    Read all numbers.
-    What does it say?
-    What are the numbers?
-    Read the text.""",
-    """Tell me the numbers you see.
-    Which numbers are written there?""",
-)
-_words(
-    "read_word",
-    """Read the word.
-    What word is shown?
-    What does it say?
-    Which word do you see?
-    Read the text.
-    What is written here?
-    What is the word?
-    What does the sign say?""",
-    """Tell me the word you see.
-    Which word is written there?""",
-)
-_words(
-    "read_receipt",
-    """Read the receipt.
-    What does the receipt say?
-    Read the text.
-    Transcribe the receipt.
-    Read all lines.
-    What does it say?""",
-    """Write down what the receipt says.
-    Read me this receipt.""",
-)
-_words(
-    "item",
-    """How much is the {item}?
-    How much does the {item} cost?
-    Price of {item}?
-    What is the price of the {item}?
-    What does the {item} cost?
-    How much for the {item}?""",
-    """Tell me the price of the {item}.
-    What did the {item} cost?""",
-)
-_words(
-    "total",
-    """What is the total?
-    How much is the total?
-    What's the total of the receipt?
-    Total?
-    Read the total.
-    How much is it in total?
-    What does it cost in total?""",
-    """Tell me the total.
-    How much do I have to pay in total?""",
-)
-_words(
-    "sum",
-    """Add the numbers.
-    What is the sum?
-    What is the sum of the numbers?
-    Add the numbers up.
-    What do the numbers add up to?
-    Sum of the numbers?
-    Calculate the sum.
-    How much is it together?""",
-    """Tell me the sum of these numbers.
-    Please add these up.""",
-)
-_words(
-    "cmp_color",
-    """What color is the {shape} in the {which} {image}?
-    What is the color of the {shape} in the {which} {image}?
-    In the {which} {image}, what color is the {shape}?""",
-    """Tell me the color of the {shape} in the {which} {image}.
-    The {which} {image}: what color is the {shape}?""",
-)
-_words(
-    "cmp_count",
-    """How many objects are in the {which} {image}?
-    How many shapes are in the {which} {image}?
-    In the {which} {image}, how many objects are there?
-    Count the objects in the {which} {image}.""",
-    """How many objects does the {which} {image} show?
-    Tell me how many objects are in the {which} {image}.""",
-)
-_words(
-    "cmp_more",
-    """Which {image} has {more} objects?
-    Which {image} shows {more} objects?
-    In which {image} are there {more} objects?
-    Which {image} has {more} shapes?""",
-    """Which of the two has {more} objects?
-    Tell me which {image} contains {more} objects.""",
-)
-_words(
-    "cmp_which",
-    """Which {image} has {a}?
-    Which {image} contains {a}?
-    Which {image} shows {a}?
-    In which {image} is there {a}?
-    In which {image} do you see {a}?""",
-    """Tell me which {image} has {a}.
-    {a_cap} is in which {image}?""",
-)
-_words(
-    "cmp_describe",
-    """Compare the two {image}s.
-    Compare the {image}s.
-    Describe both {image}s.
-    What is the difference between the two {image}s?
-    Describe the {image}s.
-    What do you see?""",
-    """How do the {image}s differ?
-    Tell me what is on each {image}.""",
-)
-_words(
-    "fu_where",
-    """Where is it?
-    And where is it?
-    Where in the picture is it?
-    Where can I find it?""",
-    """Where do you see it?
-    In what part of the picture is it?""",
-)
-_words(
-    "fu_box",
-    """Give its bounding box.
-    What is its bounding box?
-    And its bounding box?
-    Bounding box?
-    Now give its box.""",
-    """Show me its bounding box.
-    I need its box.""",
-)
-_words(
-    "fu_color",
-    """What color is it?
-    And what color is it?
-    Which color does it have?
-    And its color?""",
-    """Tell me its color.
-    What is its colour?""",
-)
-_words(
-    "fu_shape",
-    """And what shape is {a}?
-    And the {a} one?
-    What about the {a} object?
-    And which shape is {a}?""",
-    """Now the {a} one, please.
-    What shape is {a}, then?""",
-)
-_words(
-    "fu_count",
-    """How many of them are there?
-    And how many are there?
-    How many of those do you see?
-    And how many {kind}?""",
-    """How many of these are there?
-    Now count the {kind}.""",
-)
-_words(
-    "fu_list",
-    """List them.
-    Which ones?
-    What are they?
-    Name them.
-    And what are they?""",
-    """Tell me which.
-    Can you list them?""",
-)
-_words(
-    "fu_item",
-    """And the {item}?
-    And how much is the {item}?
-    What about the {item}?
-    How much was the {item}?""",
-    """And what did the {item} cost?
-    Now the {item}, please.""",
-)
-_words(
-    "hello",
-    """Hello
-    Hi
-    Hi!
-    Hello!
-    Hey
-    Good morning
-    Hi there""",
-    """Hello there
-    Good evening""",
-)
-_words(
-    "thanks",
-    """Thanks
-    Thank you
-    Thank you!
-    thanks a lot
-    Great, thanks""",
-    """Many thanks
-    Thank you very much""",
-)
-_words(
-    "who",
-    """Who are you?
-    What are you?
-    Which model are you?
-    Are you a human?
-    What is your name?""",
-    """Tell me who you are.
-    What model is this?""",
-)
-_words(
-    "help",
-    """What can you do?
-    Help
-    What can I ask?
-    How can you help me?
-    What are you good at?""",
-    """What do you know?
-    What questions can you answer?""",
-)
-_words(
-    "how",
-    """How are you?
-    How are you doing?
-    How is it going?""",
-    """Are you well?
-    How do you do?""",
-)
 
 HELLO = "Hello! Show me a picture and ask me about it."
 HELLO_PICTURE = "Hello! Ask me about the picture."
@@ -524,7 +65,7 @@ class Asker:
     plain: bool = False
     """The first wording of each kind only."""
     sloppy: float = 0.0
-    """Share of questions typed without capital letters or without the last character."""
+    """Share of questions typed without capital letters, without the last character, or with a slip in one word."""
 
     def ask(self, rng: random.Random, task: str, scene: Scene) -> Conversation | None:
         """A conversation of kind ``task`` about ``scene``, or None when the scene has nothing to ask about."""
@@ -539,12 +80,30 @@ class Asker:
         return _chat(self, rng)
 
     def word(self, rng: random.Random, task: str, **names: str) -> str:
-        wordings = _WORDINGS[task]
-        pool = wordings.held_out if self.held_out else wordings.trained[:1] if self.plain else wordings.trained
-        text = rng.choice(pool).format(**names)
-        if self.sloppy and rng.random() < self.sloppy:
-            return text.lower() if rng.random() < 0.5 else text.rstrip(".?!")
-        return text
+        """A question of kind ``task``, with ``names`` for the words in braces."""
+        wordings = WORDINGS[task]
+        wording = wordings.plainest if self.plain else wordings.draw(rng, self.held_out)
+        if not self.sloppy or rng.random() >= self.sloppy:
+            return wording.format(**names)
+        slip = rng.randrange(3)
+        if slip == 0:
+            return _slipped(rng, wording).format(**names)
+        text = wording.format(**names)
+        return text.lower() if slip == 1 else text.rstrip(".?!")
+
+
+_PLAIN_WORD = re.compile(r"(?<![{\w])[a-z]{4,}(?![}\w])")
+
+
+def _slipped(rng: random.Random, wording: str) -> str:
+    """A wording with a letter of one word left out, or two exchanged."""
+    found = list(_PLAIN_WORD.finditer(wording))
+    if not found:
+        return wording
+    word = rng.choice(found)
+    at = word.start() + rng.randrange(len(word[0]) - 1)
+    wrong = wording[at + 1] + wording[at] if rng.random() < 0.5 else wording[at + 1]
+    return wording[:at] + wrong + wording[at + 2 :]
 
 
 def an(name: str) -> str:
@@ -556,11 +115,6 @@ _IRREGULAR = {"man": "men", "woman": "women", "fish": "fish", "person": "people"
 
 def plural(name: str) -> str:
     return _IRREGULAR.get(name) or name + ("es" if name.endswith("ss") else "s")
-
-
-def _mended(question: str) -> str:
-    """A relation's question without the second "of" that some wordings and sides make together."""
-    return question.replace("of of", "of").replace("above of", "above").replace("below of", "below")
 
 
 def none_of(name: str) -> str:
@@ -757,7 +311,7 @@ def _rel(asker: Asker, rng: random.Random, scene: Scene) -> Conversation | None:
         side = f"to the {side}"
     truth = (one.center[axis] < other.center[axis]) == lower
     names = {"a": _naming(rng, one, scene.things), "b": _naming(rng, other, scene.things)}
-    wording = _mended(asker.word(rng, "rel", side=side, **names))
+    wording = asker.word(rng, "rel", side=side, **names)
     return Conversation("rel", ((wording, "yes" if truth else "no"),))
 
 
@@ -921,8 +475,12 @@ def _rows(scene: Scene) -> list[tuple[str, str]]:
 
 
 def addition(numbers: Sequence[int]) -> str:
-    """A sum with its terms, as "4+12=16": the terms are read first, which makes adding them a step of its own."""
-    return "+".join(map(str, numbers)) + f"={sum(numbers)}"
+    """A sum with its terms, as "4+12=16" or "4+12+30=16+30=46": reading them and each adding are steps of their own."""
+    terms, steps = list(numbers), []
+    while len(terms) > 1:
+        steps.append("+".join(map(str, terms)))
+        terms = [terms[0] + terms[1], *terms[2:]]
+    return "=".join([*steps, str(terms[0])])
 
 
 def _read(asker: Asker, rng: random.Random, scene: Scene) -> Conversation:
@@ -944,16 +502,16 @@ def _sum(asker: Asker, rng: random.Random, scene: Scene) -> Conversation:
 
 def _item(asker: Asker, rng: random.Random, scene: Scene) -> Conversation:
     rows = [(item, price) for item, price in _rows(scene) if item != "TOTAL"]
-    if rng.random() < 0.12:
+    if rng.random() < 0.15:
         there = {item for item, _ in rows}
-        other = rng.choice([item for item in words.ITEMS if item not in there])
-        return Conversation("item_missing", ((asker.word(rng, "item", item=_said(rng, other)), none_of(other)),))
+        other = _said(rng, rng.choice([item for item in words.ITEMS if item not in there]))
+        return Conversation("item_missing", ((asker.word(rng, "item", item=other), none_of(other)),))
     item, price = rng.choice(rows)
     return Conversation("item", ((asker.word(rng, "item", item=_said(rng, item)), price),))
 
 
 def _said(rng: random.Random, item: str) -> str:
-    return item if rng.random() < 0.15 else item.lower()
+    return item if rng.random() < 0.35 else item.lower()
 
 
 def _total(asker: Asker, rng: random.Random, scene: Scene) -> Conversation:
@@ -990,9 +548,8 @@ NO_SHAPES = "There are no shapes."
 def _off_topic(asker: Asker, rng: random.Random, scene: Scene) -> Conversation:
     """What another kind of picture would be asked."""
     if scene.kind == "shapes":
-        task = rng.choice(("read_word", "ink", "read_number", "read_receipt", "sum"))
-        text = rng.choice(("What does it say?", "Read the text.", "What is written here?")) if task != "ink" else ""
-        return Conversation("off_topic", ((text or asker.word(rng, "ink", what="writing"), NOTHING_WRITTEN),))
+        task = rng.choice(("read_word", "ink", "read_number", "read_numbers", "read_receipt"))
+        return Conversation("off_topic", ((asker.word(rng, task, what="writing"), NOTHING_WRITTEN),))
     task = rng.choice(("list", "detect"))
     return Conversation("off_topic", ((asker.word(rng, task), NO_SHAPES if task == "list" else "[]"),))
 
@@ -1004,13 +561,30 @@ def _talk(asker: Asker, rng: random.Random, scene: Scene) -> Conversation:
     return Conversation("talk", ((asker.word(rng, task), answer),))
 
 
+def _turns(asker: Asker, rng: random.Random, scene: Scene) -> Conversation | None:
+    """Two or three questions about the picture that have nothing to do with each other."""
+    weights = {task: weight for task, weight in TASKS[scene.kind].items() if not task.startswith(("fu_", "turns"))}
+    tasks = rng.choices(list(weights), list(weights.values()), k=rng.choice((2, 2, 3)))
+    return joined([asker.ask(rng, task, scene) for task in tasks])
+
+
+def joined(conversations: Sequence[Conversation | None]) -> Conversation | None:
+    """One conversation of the turns of several; None when one is."""
+    turns: tuple[tuple[str, str], ...] = ()
+    for conversation in conversations:
+        if conversation is None:
+            return None
+        turns += conversation.turns
+    return Conversation("turns", turns)
+
+
 def _chat(asker: Asker, rng: random.Random) -> Conversation:
     throw = rng.random()
     if throw < 0.2:
         task = rng.choice(("hello", "hello", *_SMALL_TALK))
         return Conversation("text_only", ((asker.word(rng, task), HELLO if task == "hello" else _SMALL_TALK[task]),))
     if throw < 0.4:
-        task = rng.choice([task for task in _WORDINGS if not task.startswith(("fu_", "hello", *_SMALL_TALK))])
+        task = rng.choice([task for task in WORDINGS if not task.startswith(("fu_", "hello", "text_", *_SMALL_TALK))])
         shape, color = rng.choice(SHAPES), rng.choice(list(COLORS))
         names = {
             "a": an(f"{color} {shape}") if task in ("exist", "cmp_which") else rng.choice((shape, f"{color} {shape}")),
@@ -1030,11 +604,10 @@ def _chat(asker: Asker, rng: random.Random) -> Conversation:
         }
         if task == "shape":
             names["a"] = color
-        return Conversation("text_only", ((_mended(asker.word(rng, task, **names)), NO_PICTURE),))
+        return Conversation("text_only", ((asker.word(rng, task, **names), NO_PICTURE),))
     numbers = [rng.randint(0, rng.choice((9, 99, 99))) for _ in range(2 if rng.random() < 0.7 else 3)]
     plus = rng.choice((" + ", "+", " plus "))
-    wordings = ("How much is {}?", "Add {}.", "{} makes?") if asker.held_out else ("What is {}?", "{}=", "{}", "{} = ?")
-    question = rng.choice(wordings).format(plus.join(map(str, numbers)))
+    question = asker.word(rng, "text_sum", sum=plus.join(map(str, numbers)))
     return Conversation("text_sum", ((question, addition(numbers)),))
 
 
@@ -1105,7 +678,7 @@ _MAKERS: dict[str, _Maker] = {
     "biggest": _biggest, "caption": _caption, "list": _list, "box": _box, "detect": _detect, "fu_where": _fu_where,
     "fu_box": _fu_box, "fu_color": _fu_color, "fu_shape": _fu_shape, "fu_count": _fu_count, "fu_list": _fu_list,
     "read": _read, "ink": _ink, "sum": _sum, "item": _item, "total": _total, "fu_item": _fu_item, "fu_sum": _fu_sum,
-    "off_topic": _off_topic, "talk": _talk,
+    "off_topic": _off_topic, "talk": _talk, "turns": _turns,
 }  # fmt: skip
 _COMPARERS: dict[str, Callable[[Asker, random.Random, Scene, Scene], Conversation | None]] = {
     "cmp_color": _cmp_color,
@@ -1115,19 +688,19 @@ _COMPARERS: dict[str, Callable[[Asker, random.Random, Scene, Scene], Conversatio
     "cmp_describe": _cmp_describe,
 }
 
-_ANY = {"bg": 0.6, "caption": 1.0, "exist": 0.6, "talk": 0.15, "off_topic": 0.3, "missing": 0.4}
+_ANY = {"bg": 0.6, "caption": 1.2, "exist": 0.8, "talk": 0.2, "off_topic": 0.4, "missing": 0.4, "turns": 1}
 _SHAPES = {
     "bg": 0.3, "color": 1.2, "shape": 0.8, "missing": 0.6, "count": 0.6, "countx": 2, "where": 2.5, "leftmost": 1.2,
-    "exist": 3, "rel": 4, "further": 1.5, "bigger": 1.5, "biggest": 0.8, "caption": 1.2, "list": 0.7, "box": 2.5,
-    "detect": 1, "fu_where": 0.5, "fu_box": 0.7, "fu_color": 0.4, "fu_shape": 0.5, "fu_count": 0.5, "fu_list": 0.4,
-    "off_topic": 0.1, "talk": 0.1,
+    "exist": 3, "rel": 4, "further": 1.5, "bigger": 1.5, "biggest": 0.8, "caption": 1.6, "list": 0.9, "box": 2.5,
+    "detect": 1, "fu_where": 0.5, "fu_box": 0.7, "fu_color": 0.4, "fu_shape": 0.5, "fu_count": 0.6, "fu_list": 0.5,
+    "off_topic": 0.15, "talk": 0.15, "turns": 4,
 }  # fmt: skip
 TASKS: dict[str, dict[str, float]] = {
     "shapes": _SHAPES,
     "number": {**_ANY, "read": 3, "ink": 0.8},
     "numbers": {**_ANY, "read": 2, "ink": 0.5, "sum": 4, "fu_sum": 0.5},
     "word": {**_ANY, "read": 3, "ink": 0.8},
-    "receipt": {**_ANY, "read": 2, "ink": 0.3, "item": 3, "total": 1.5, "fu_item": 1},
+    "receipt": {**_ANY, "read": 2, "ink": 0.3, "item": 4, "total": 1.5, "fu_item": 1.2},
 }
 """How often each kind of question is drawn in training, for each kind of scene."""
 PAIR_TASKS = {"cmp_color": 1.0, "cmp_count": 1.0, "cmp_more": 1.5, "cmp_which": 1.5, "cmp_describe": 0.7}

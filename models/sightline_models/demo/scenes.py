@@ -97,6 +97,8 @@ class Look:
     colors: tuple[str, ...] = tuple(COLORS)
     made_up_words: float = 0.4
     """Share of words that are letters thrown together."""
+    odd_items: float = 0.25
+    """Share of a receipt's items that are any word, made-up ones among them."""
     square: float = 0.5
     """Share of pictures that are square; the others are up to twice as wide as high, or as high as wide."""
     effects: bool = True
@@ -108,10 +110,15 @@ class Look:
 
 
 TRAINED = Look()
-FULL = Look(sides=(240, 640), made_up_words=0)
+FULL = Look(sides=(240, 640), made_up_words=0, odd_items=0)
 """What a model is judged on: as trained, in the sizes that people's files have."""
 PLAIN = Look(
-    sides=(384, 384), square=1, effects=False, made_up_words=0, colors=tuple(c for c in COLORS if c != "brown")
+    sides=(384, 384),
+    square=1,
+    effects=False,
+    made_up_words=0,
+    odd_items=0,
+    colors=tuple(c for c in COLORS if c != "brown"),
 )
 """Clean square pictures of 384 pixels."""
 
@@ -378,6 +385,8 @@ def _receipt(rng: random.Random, canvas: _Canvas, look: Look, font: str, color: 
     """Rows of an item and a whole price, most often with their total below."""
     width, height = canvas.size
     items = rng.sample(look.items, rng.choice((2, 2, 3, 3, 4)))
+    items = [_word(rng, look) if rng.random() < look.odd_items else item for item in items]
+    items = list(dict.fromkeys(items))
     prices = [rng.randint(1, 9) if rng.random() < 0.6 else rng.randint(10, 19) for _ in items]
     if rng.random() < 0.75:
         items, prices = [*items, "TOTAL"], [*prices, sum(prices)]

@@ -8,7 +8,7 @@ letter.
 
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -75,9 +75,13 @@ class Codec:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
-    def prefix(self, pictures: int, patches: int, system: str = "") -> list[int]:
-        """What comes before the first question."""
+    def prefix(
+        self, pictures: int, patches: int, system: str = "", before: Sequence[tuple[str, str]] = ()
+    ) -> list[int]:
+        """What comes before the first question about the pictures; ``before`` them there may have been turns."""
         start = self.ids(system + " ") if system else []
+        for question, answer in before:
+            start += [self._user, *self.ids(question), self._assistant, *self.ids(answer), EOS]
         return [BOS, *start, self._user, *([IMAGE] * patches + self.ids("\n")) * pictures]
 
     def segment(self, conversation: Conversation) -> Segment:
@@ -100,7 +104,7 @@ def corpus(pictures: int = 3000) -> Iterable[str]:
     asker = Asker()
     before = None
     for _ in range(pictures):
-        _, scene = scenes.draw(rng, scenes.Look(sides=(96, 96), effects=False))
+        _, scene = scenes.draw(rng, scenes.Look(sides=(96, 96), effects=False, odd_items=0))
         conversations = [asker.ask(rng, task, scene) for task in TASKS[scene.kind]]
         if scene.things and before is not None:
             conversations += [asker.compare(rng, task, before, scene) for task in PAIR_TASKS]
@@ -113,7 +117,7 @@ def corpus(pictures: int = 3000) -> Iterable[str]:
         yield from SYSTEM_PROMPTS
 
 
-def train_tokenizer(vocab_size: int = 1024) -> Tokenizer:
+def train_tokenizer(vocab_size: int = 1408) -> Tokenizer:
     """A byte-level BPE of the words that scenes are asked about with."""
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     words = Regex(r" ?[A-Z](?=[a-z])[a-z]+|[A-Z]|\d| ?[a-z]+|[^\sA-Za-z\d]+|\s")

@@ -37,8 +37,9 @@ from sightline_models.demo.labels import CHARACTERS, CLASSES, IGNORE, OUTPUTS
 from sightline_models.demo.network import DECODER, TOWER, Shape, Weights
 from sightline_models.demo.scenes import COLORS, SHAPES
 from sightline_models.demo.text import IMAGE, Codec, train_tokenizer
+from sightline_models.demo.words import ITEMS
 
-_LABEL_WEIGHTS = {"shape": 3.0, "color": 1.0, "background": 0.6, "character": 4.0, "second_character": 2.0}
+_LABEL_WEIGHTS = {"shape": 3.0, "color": 1.0, "background": 0.6, "character": 4.0, "second_character": 2.0, "item": 1.0}
 _WITH_NONE = ("shape", "character", "second_character")
 _OTHER_LABELS = 0.3
 _BOX_WEIGHTS = {"seeing": 8.0, "answering": 30.0}
@@ -51,9 +52,9 @@ _NONE_WEIGHT = 0.1
 class Plan:
     """Everything a run hangs on."""
 
-    minutes: float = 56.0
+    minutes: float = 84.0
     """Of training; drawing and optimizer included, start-up not."""
-    seeing_share: float = 0.241
+    seeing_share: float = 0.17
     """Stage one's part of the minutes."""
     seed: int = 1
     device: str = "cpu"
@@ -66,7 +67,7 @@ class Plan:
     """By stage: Muon's, which is scaled to AdamW's (`match_rms_adamw`), and AdamW's."""
     tower_rate: float = 0.2
     """The tower's rates in stage two, as a share of the others."""
-    frozen: float = 0.3
+    frozen: float = 0.25
     """Share of stage two in which the tower stays as it is: what the decoder doesn't know yet would only harm it."""
     weight_decay: float = 0.01
     dense_weight: float = 0.3
@@ -76,7 +77,7 @@ class Plan:
     compile: bool = True
     workers: int = 0
     """Processes that draw; 0 draws between steps."""
-    shape: Shape = field(default_factory=lambda: Shape(vocab_size=1024))
+    shape: Shape = field(default_factory=lambda: Shape(vocab_size=1408))
 
 
 class Observer(Protocol):
@@ -458,7 +459,7 @@ class _Tally:
 
 
 def start_words(weights: Weights, heads: Weights, codec: Codec) -> None:
-    """Start the words for colours, shapes, counts and characters from the directions in which features tell them."""
+    """Start the words for colours, shapes, characters and items from the directions in which features tell them."""
     rows = dict(zip(CLASSES, torch.split(heads["weight"], [*CLASSES.values(), 4])[:-1], strict=True))
     named: list[tuple[str, Tensor]] = []
     for index, color in enumerate(COLORS):
@@ -467,6 +468,8 @@ def start_words(weights: Weights, heads: Weights, codec: Codec) -> None:
         named += [(form, rows["shape"][index + 1]) for form in (shape, f" {shape}")]
         named += [(form, rows["shape"][index + 1]) for form in (f" {shape}s", f" {shape}es")]
     named += [(character, rows["character"][index + 1]) for index, character in enumerate(CHARACTERS)]
+    for index, item in enumerate(ITEMS):
+        named += [(form, rows["item"][index + 1]) for form in (item.lower(), f" {item.lower()}")]
     embedding, head = weights[f"{DECODER}.embed_tokens.weight"], weights["lm_head.weight"]
     usual, usual_head = float(embedding.norm(dim=1).mean()), float(head.norm(dim=1).mean())
     with torch.no_grad():
