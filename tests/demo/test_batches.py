@@ -153,6 +153,14 @@ def test_system_prompts_come_before_some_long_conversations(codec: Codec) -> Non
     assert [any(text.startswith(prompt) for prompt in SYSTEM_PROMPTS) for text in told] == [True] * 4 + [False] * 4
 
 
+def test_small_talk_comes_before_the_picture_of_some_long_conversations(codec: Codec) -> None:
+    user = codec.tokenizer.token_to_id(USER)
+    steps = AnsweringSteps("small talk", 1, SIDE, GRID, codec)
+    prefixes = [steps[step][0].prefix for step in range(0, 40, 5)]
+    assert [prefix.count(user) for prefix in prefixes] == [1, 1, 1, 1, 2, 2, 1, 1]
+    assert all(prefix.index(EOS) < prefix.index(IMAGE) for prefix in prefixes[4:6])
+
+
 def same(one: list[Batch], other: list[Batch]) -> bool:
     return len(one) == len(other) and all(
         a.prefix == b.prefix

@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 
 from sightline_models.demo.labels import CHARACTERS, CLASSES, IGNORE, LABELS, OUTPUTS, Labels, label
 from sightline_models.demo.scenes import COLORS, SHAPES, Scene, Text, Thing
+from sightline_models.demo.words import ITEMS
 
 SIDE = 12
 COLOR = list(COLORS)
@@ -143,3 +144,21 @@ def test_classes_stay_below_their_counts() -> None:
         for row, (name, classes) in zip(told.classes, CLASSES.items(), strict=True):
             assert row.max() < classes, name
             assert ((row >= 0) | (row == IGNORE)).all(), name
+
+
+def test_the_letters_of_a_receipts_item_tell_which_it_is_and_others_that_they_are_none() -> None:
+    def row(item: str, price: str, at: int) -> tuple[Text, Text]:
+        top, bottom = 4 * at / 12, (4 * at + 3) / 12
+        letters = tuple((column / 12, top, (column + 1) / 12, bottom) for column in range(len(item)))
+        return Text(item, at, letters), Text(price, at, ((10 / 12, top, 1.0, bottom),))
+
+    told = label(Scene("receipt", "white", texts=(*row("TEA", "4", 0), *row("XYZ", "7", 1)), ink="black"), SIDE)
+    expected = np.full((SIDE, SIDE), IGNORE, int)
+    expected[0:3, 0:3] = ITEMS.index("TEA") + 1
+    expected[0:3, 10:12] = expected[4:7, 0:3] = expected[4:7, 10:12] = 0
+    assert (grid(told, "item") == expected).all()
+
+
+def test_what_is_written_elsewhere_is_no_item() -> None:
+    told = label(Scene("word", "white", texts=(Text("T", 0, ((0.0, 0.0, 0.5, 0.5),)),), ink="red"), SIDE)
+    assert (grid(told, "item") == IGNORE).all()

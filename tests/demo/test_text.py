@@ -14,7 +14,19 @@ from sightline_models.config import read_config
 from sightline_models.demo import scenes, words
 from sightline_models.demo.network import Shape
 from sightline_models.demo.questions import PAIR_TASKS, TASKS, Asker, Conversation
-from sightline_models.demo.text import BOS, EOS, IMAGE, PAD, SPECIAL, SYSTEM_PROMPTS, UNK, Codec, to_json
+from sightline_models.demo.text import (
+    ASSISTANT,
+    BOS,
+    EOS,
+    IMAGE,
+    PAD,
+    SPECIAL,
+    SYSTEM_PROMPTS,
+    UNK,
+    USER,
+    Codec,
+    to_json,
+)
 from sightline_models.tokenizer import ChatTokenizer, ImagePart, Message, TextPart
 
 PICTURE = Image.new("RGB", (40, 30))
@@ -153,3 +165,10 @@ def test_the_tokenizer_survives_its_file(tokenizer: Tokenizer) -> None:
     text = "USER: How many red circles? ASSISTANT:12</s>"
     assert again.encode(text).ids == tokenizer.encode(text).ids
     assert again.encode(text).ids[0] == BOS
+
+
+def test_turns_may_come_before_the_picture(codec: Codec) -> None:
+    before = (("Hello", "Hello! Show me a picture and ask me about it."),)
+    told = codec.tokenizer.decode(codec.prefix(1, 2, before=before), skip_special_tokens=False)
+    asked, said = before[0]
+    assert told == f"<s>{USER}{asked}{ASSISTANT}{said}</s>{USER}<image><image>\n"

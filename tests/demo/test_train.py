@@ -21,9 +21,12 @@ from tokenizers import Tokenizer
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from sightline_models.demo import network, train
-from sightline_models.demo.network import Shape
-from sightline_models.demo.text import to_json
+from sightline_models.demo.labels import CHARACTERS, CLASSES, OUTPUTS
+from sightline_models.demo.network import DECODER, Shape
+from sightline_models.demo.scenes import COLORS, SHAPES
+from sightline_models.demo.text import Codec, to_json
 from sightline_models.demo.train import Plan
+from sightline_models.demo.words import ITEMS
 
 PATIENCE = 150.0
 
@@ -300,3 +303,24 @@ def test_two_processes_share_a_run_and_leave_none_behind(
     assert all(value.isfinite().all() for value in model.state_dict().values())
     assert saved(folder)["stage"] == "answering"
     assert not list(folder.glob("meeting-*"))
+
+
+def test_words_start_from_the_directions_in_which_features_tell_them(small: Shape, codec: Codec) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weights = network.initial_weights(small, generator)
+    heads = {"weight": torch.randn(OUTPUTS, small.width, generator=generator), "bias": torch.zeros(OUTPUTS)}
+    before = {name: value.clone() for name, value in weights.items()}
+    train.start_words(weights, heads, codec)
+    starts = dict(zip(CLASSES, torch.tensor([0, *CLASSES.values()]).cumsum(0).tolist(), strict=False))
+    at = {
+        " red": starts["color"] + list(COLORS).index("red"),
+        " star": starts["shape"] + SHAPES.index("star") + 1,
+        "7": starts["character"] + CHARACTERS.index("7") + 1,
+        " tea": starts["item"] + ITEMS.index("TEA") + 1,
+    }
+    for word, row in at.items():
+        (token,) = codec.ids(word)
+        for matrix in (weights[f"{DECODER}.embed_tokens.weight"], weights["lm_head.weight"]):
+            assert torch.cosine_similarity(matrix[token], heads["weight"][row], dim=0) > 0.999, word
+    (untouched,) = codec.ids(" where")
+    assert torch.equal(weights["lm_head.weight"][untouched], before["lm_head.weight"][untouched])

@@ -259,9 +259,10 @@ def test_sigterm_lets_running_requests_finish(start_server: StartServer) -> None
 
 
 def test_a_request_that_takes_too_long_to_drain_gets_an_error(start_server: StartServer) -> None:
-    server = start_server("--drain-timeout-s", "0.5")
+    server = start_server("--drain-timeout-s", "0.2")
     server.wait_for("/ready", 200)
-    stream = Stream(server, endless()).wait_begun()
+    # One answer alone, of a model as small as this one, may be done sooner than that.
+    stream = Stream(server, endless(n=8)).wait_begun()
     began = time.monotonic()
     server.process.send_signal(signal.SIGTERM)
     last = json.loads(stream.wait_ended()[-1])
@@ -299,7 +300,7 @@ def test_a_second_signal_ends_the_server_at_once(start_server: StartServer) -> N
     server.wait_for("/ready", 200)
     children = psutil.Process(server.process.pid).children(recursive=True)
     # Eight answers at once take seconds, also of a model as small as this one.
-    stream = Stream(server, endless() | {"n": 8}).wait_begun()
+    stream = Stream(server, endless(n=8)).wait_begun()
     server.process.send_signal(signal.SIGTERM)
     server.wait_for("/ready", 503, timeout_s=10)
     began = time.monotonic()

@@ -42,7 +42,7 @@ MODEL: dict[str, Any] = {
         "image_size": SIDE, "patch_size": 8, "width": 192, "head_width": 48, "layers": 4, "pool_type": "avg",
     },
     "text_cfg": {
-        "context_length": CONTEXT, "vocab_size": 1024, "width": 128, "heads": 4, "layers": 4,
+        "context_length": CONTEXT, "vocab_size": 1408, "width": 128, "heads": 4, "layers": 4,
         "pool_type": "eos", "eos_id": EOS, "pad_id": PAD,
         # open_clip takes the folder's own tokenizer when there is any name here, and its own when there is none.
         "hf_tokenizer_name": "sightline-demo-clip",

@@ -39,6 +39,8 @@ class Show:
     def step(self, stage: str, progress: float, loss: float, pictures: int) -> None:
         """A step was made."""
         if stage not in self._bars:
+            for finished in self._bars.values():
+                self.progress.update(finished, completed=1.0)  # its clock stops
             self._bars[stage] = self.progress.add_task(_TITLES[stage], total=1.0, note="")
         self._pictures += pictures
         note = f"{self._pictures:,} pictures, loss {loss:.2f}"
