@@ -241,7 +241,7 @@ def write_golden(url: str) -> None:
 def figures(results: dict[str, Any], interim: dict[str, Any]) -> str:
     """The card's table: a task a row; grey figures in parentheses; the interim model on its own exam."""
     exams = results["exams"]
-    names = [name for name in ("plain", "full", "wordings", "fonts", "words") if name in exams]
+    names = [name for name in ("plain", "full", "wordings", "strangers", "fonts", "words") if name in exams]
     head = ["task", "interim, plain", *names]
     rows = [f"| {' | '.join(head)} |", f"|---|{'---|' * (len(head) - 1)}"]
     for task in sorted({task for exam in exams.values() for task in exam["scores"]}):

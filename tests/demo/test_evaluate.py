@@ -254,7 +254,8 @@ def test_held_out_exams_show_what_no_training_showed() -> None:
     assert set(EXAMS["fonts"].look.fonts) == set(fonts.HELD_OUT)
     assert set(EXAMS["words"].look.words) == set(words.HELD_OUT)
     assert set(EXAMS["words"].look.items) == set(words.HELD_OUT_ITEMS)
-    assert EXAMS["wordings"].asker.held_out
+    assert EXAMS["wordings"].asker.split == "held out"
+    assert EXAMS["strangers"].asker.split == "strangers"
     assert EXAMS["plain"].asker.plain
     assert all(exam.look.made_up_words == 0 for exam in EXAMS.values())
     assert not any(exam.asker.sloppy for exam in EXAMS.values())

@@ -22,7 +22,9 @@ from sightline_models.demo.wordings import WORDINGS, sentences
 
 QUICK = Look(sides=(48, 48), effects=False)
 SCENES = 220
-ASKERS = {"trained": Asker(), "held out": Asker(held_out=True), "plain": Asker(plain=True)}
+ASKERS = {
+    "trained": Asker(), "held out": Asker("held out"), "strangers": Asker("strangers"), "plain": Asker(plain=True),
+}  # fmt: skip
 NOUNS = ("object", "thing", "shape")
 PLURALS = {
     "circles": "circle", "squares": "square", "triangles": "triangle", "stars": "star", "rings": "ring",
@@ -75,7 +77,9 @@ PARTS = {
 def patterns(task: str) -> list[re.Pattern[str]]:
     wordings = WORDINGS[task]
     made: list[re.Pattern[str]] = []
-    for text in dict.fromkeys(text for line in (*wordings.trained, *wordings.held_out) for text in sentences(line)):
+    for text in dict.fromkeys(
+        text for line in (*wordings.trained, *wordings.held_out, *wordings.strangers) for text in sentences(line)
+    ):
         parts = re.split(r"\{(\w+)\}", text)
         parts[::2] = map(re.escape, parts[::2])
         parts[1::2] = (f"(?P<{part}>{PARTS.get(part, '.+?')})" for part in parts[1::2])
@@ -564,7 +568,7 @@ def test_held_out_questions_are_never_those_of_training() -> None:
     # Whether a picture without text is asked to be read hangs on the picture; no exam has that kind.
     held_out = {
         question.lower().rstrip(".?!")
-        for conversation in conversations("split", 250, Asker(held_out=True))
+        for conversation in conversations("split", 250, Asker("held out"))
         if conversation.task != "off_topic"
         for question, _ in conversation.turns
     }

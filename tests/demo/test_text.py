@@ -109,7 +109,7 @@ def test_the_tokens_of_drawn_conversations_are_those_of_transformers_and_the_ser
     codec: Codec, processor: Any, chat_tokenizer: ChatTokenizer, small: Shape
 ) -> None:
     rng = random.Random("tokens")
-    askers = (Asker(sloppy=0.5), Asker(held_out=True))
+    askers = (Asker(sloppy=0.5), Asker("held out"))
     kinds = set()
     for kind in scenes.KINDS * 2:
         scene, other = (scenes.draw(rng, QUICK, kind)[1] for _ in range(2))

@@ -70,13 +70,14 @@ EXAMS = {
     for exam in (
         Exam("plain", PLAIN, Asker(plain=True)),
         Exam("full", FULL, Asker()),
-        Exam("wordings", FULL, Asker(held_out=True)),
+        Exam("wordings", FULL, Asker("held out")),
+        Exam("strangers", FULL, Asker("strangers")),
         Exam("fonts", replace(FULL, fonts=fonts.HELD_OUT), Asker(), writing_only=True),
         Exam("words", replace(FULL, words=words.HELD_OUT, items=words.HELD_OUT_ITEMS), Asker(), writing_only=True),
     )
 }
 """``plain``: clean square pictures in the plainest wording. ``full``: every size, shape, light and trained wording.
-``wordings``, ``fonts``, ``words``: as ``full``, with what no training ever showed."""
+``wordings``, ``strangers``, ``fonts``, ``words``: as ``full``, with what no training ever showed."""
 
 
 def items(exam: Exam, count: int, seed: str) -> list[Item]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from sightline_models.demo import words
 from sightline_models.demo.scenes import COLORS, SHAPES, Box, Scene, Thing, distinct
-from sightline_models.demo.wordings import WORDINGS
+from sightline_models.demo.wordings import WORDINGS, Split
 
 _SQUEEZE = 0.03
 """How far, as a share of the picture, a thing must be from the border between two answers to be asked about."""
@@ -60,8 +60,8 @@ NINTHS = (
 class Asker:
     """Draws conversations about scenes, in one split of the wordings."""
 
-    held_out: bool = False
-    """Wordings and absent things that a model is never trained on."""
+    split: Split = "trained"
+    """Of wordings and absent things: a model is trained on the first only."""
     plain: bool = False
     """The first wording of each kind only."""
     sloppy: float = 0.0
@@ -82,7 +82,7 @@ class Asker:
     def word(self, rng: random.Random, task: str, **names: str) -> str:
         """A question of kind ``task``, with ``names`` for the words in braces."""
         wordings = WORDINGS[task]
-        wording = wordings.plainest if self.plain else wordings.draw(rng, self.held_out)
+        wording = wordings.plainest if self.plain else wordings.draw(rng, self.split)
         if not self.sloppy or rng.random() >= self.sloppy:
             return wording.format(**names)
         slip = rng.randrange(3)
@@ -205,7 +205,7 @@ def _missing(asker: Asker, rng: random.Random, scene: Scene) -> Conversation | N
     absent = rng.choice(others) if others and rng.random() < 0.6 else ""
     if not absent and task != "color" and scene.things:
         absent = _absent_name(rng, scene.things) or ""
-    absent = absent or rng.choice(HELD_OUT_ABSENT if asker.held_out else ABSENT)
+    absent = absent or rng.choice(ABSENT if asker.split == "trained" else HELD_OUT_ABSENT)
     return Conversation("missing", ((asker.word(rng, task, a=absent), none_of(absent)),))
 
 
@@ -286,7 +286,7 @@ def _exist(asker: Asker, rng: random.Random, scene: Scene) -> Conversation | Non
         if absent is None and throw < 0.88:
             free = [color for color in COLORS if all(distinct(color, other) for other in colors)]
             absent = f"{rng.choice(free)} object" if free else None
-        name = absent or rng.choice(HELD_OUT_ABSENT if asker.held_out else ABSENT)
+        name = absent or rng.choice(ABSENT if asker.split == "trained" else HELD_OUT_ABSENT)
         answer = "no"
     return Conversation("exist", ((asker.word(rng, "exist", a=an(name), bare=plural(name)), answer),))
 

@@ -1,4 +1,4 @@
-"""How each kind of question is worded: in ways that are trained, and in ways that are held out.
+"""How each kind of question is worded: in ways that are trained, ways that are held out, and other people's ways.
 
 Knows English. Knows no scenes and no answers.
 
@@ -10,6 +10,11 @@ import random
 import re
 from dataclasses import dataclass
 from itertools import product
+from typing import Literal
+
+from sightline_models.demo.strangers import STRANGERS
+
+Split = Literal["trained", "held out", "strangers"]
 
 _CHOICE = re.compile(r"\[([^\]]*)\]")
 
@@ -22,10 +27,12 @@ class Wordings:
     """Lines, with their choices."""
     held_out: tuple[str, ...]
     """The same; no sentence of theirs is one of the trained."""
+    strangers: tuple[str, ...] = ()
+    """Sentences by somebody else, without those that are trained."""
 
-    def draw(self, rng: random.Random, held_out: bool = False) -> str:
+    def draw(self, rng: random.Random, split: Split = "trained") -> str:
         """A sentence: a line, then one of each of its choices."""
-        line = rng.choice(self.held_out if held_out else self.trained)
+        line = rng.choice({"trained": self.trained, "held out": self.held_out, "strangers": self.strangers}[split])
         return _CHOICE.sub(lambda choice: rng.choice(choice[1].split("|")), line)
 
     @property
@@ -40,12 +47,18 @@ def sentences(line: str) -> list[str]:
     return ["".join(chosen) for chosen in product(*parts_of)]
 
 
+def plainly(sentence: str) -> str:
+    """A sentence without what people type differently without noticing: capitals, and the sign it ends with."""
+    return sentence.lower().rstrip(".?! ")
+
+
 WORDINGS: dict[str, Wordings] = {}
 
 
 def _words(task: str, trained: str, held_out: str) -> None:
-    lines = [tuple(line.strip() for line in text.strip().splitlines()) for text in (trained, held_out)]
-    WORDINGS[task] = Wordings(*lines)
+    lines, others = (tuple(line.strip() for line in text.strip().splitlines()) for text in (trained, held_out))
+    known = {plainly(sentence) for line in (*lines, *others) for sentence in sentences(line)}
+    WORDINGS[task] = Wordings(lines, others, tuple(text for text in STRANGERS[task] if plainly(text) not in known))
 
 
 # {a}, {b}: things, as "red circle". {kind}: things counted, as "red circles". {side}: "left of". {item}: a receipt's.
