@@ -1,0 +1,91 @@
+"""Every fused twin compiled, at a 7B model's widths, for the cards it must run on, and its machine code read.
+
+Needs no GPU. Proves what the compiler made, not how fast it is. Planted faults are seen found.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from compiled import SHARED_BYTES, compile_for, faults
+from twins import make_heads, noise
+
+from sightline_kernels.launch import Launch
+from sightline_kernels.rms_norm import fused as rms_norm
+from sightline_kernels.rotary_store_kv import fused as rotary_store_kv
+from sightline_kernels.silu_mul import fused as silu_mul
+from sightline_kernels.store_kv import fused as store_kv
+
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreted Triton compiles nothing"),
+    pytest.mark.timeout(600),
+]
+
+
+def norm(dtype: torch.dtype, width: int = 4096, with_residual: bool = True) -> Launch:
+    x = noise(2, width, dtype=dtype, device="cpu")
+    residual = x.clone() if with_residual else None
+    return rms_norm.plan(x, residual, x[0].clone(), 1e-5, x.clone(), x.clone())
+
+
+def gate(dtype: torch.dtype) -> Launch:
+    return silu_mul.plan(noise(2, 2 * 11008, dtype=dtype, device="cpu"), noise(2, 11008, dtype=dtype, device="cpu"))
+
+
+def turn(dtype: torch.dtype, heads: int = 32, kv_heads: int = 8, head_dim: int = 128) -> Launch:
+    step = make_heads(2, heads, kv_heads, head_dim, dtype=dtype, device="cpu")
+    inputs = (step.q_THD, step.k_TGD, step.v_TGD, step.cos_TD, step.sin_TD, *step.fresh_caches(), step.slots_T)
+    return rotary_store_kv.plan(*inputs, torch.zeros(2, heads, head_dim, dtype=dtype))
+
+
+def store(dtype: torch.dtype) -> Launch:
+    step = make_heads(2, 32, 8, 128, dtype=dtype, device="cpu")
+    return store_kv.plan(step.k_TGD, step.v_TGD, *step.fresh_caches(), step.slots_T)
+
+
+LAUNCHES: dict[str, Callable[[torch.dtype], Launch]] = {
+    "add_rms_norm": norm,
+    "rms_norm": lambda dtype: norm(dtype, with_residual=False),
+    "add_rms_norm, 5120 wide": lambda dtype: norm(dtype, 5120),
+    "silu_mul": gate,
+    "rotary_store_kv": turn,
+    "rotary_store_kv, heads of 96": lambda dtype: turn(dtype, 32, 32, 96),
+    "store_kv": store,
+}
+
+
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_machine_code_is_free_of_faults(name: str, capability: int) -> None:
+    assert faults(compile_for(LAUNCHES[name](torch.bfloat16), capability), capability) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["add_rms_norm", "silu_mul", "rotary_store_kv", "store_kv"])
+def test_other_precisions_too(name: str, dtype: torch.dtype) -> None:
+    assert faults(compile_for(LAUNCHES[name](dtype), 80), 80) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_widest_norm_spills_nothing(dtype: torch.dtype) -> None:
+    assert faults(compile_for(norm(dtype, rms_norm.WIDEST), 80), 80) == []
+
+
+@pytest.mark.parametrize("name", ["add_rms_norm", "silu_mul", "rotary_store_kv", "store_kv"])
+def test_pointers_of_unknown_alignment_are_found(name: str) -> None:
+    found = faults(compile_for(LAUNCHES[name](torch.bfloat16), 90, aligned=False), 90)
+    assert "no 128-bit loads" in found
+    assert "numbers loaded or stored one by one" in found
+
+
+def test_spilled_registers_are_found() -> None:
+    wide = replace(norm(torch.float32, rms_norm.WIDEST), num_warps=4)
+    assert any("registers spill" in fault for fault in faults(compile_for(wide, 90), 90))
+
+
+def test_too_much_shared_memory_is_found() -> None:
+    made = replace(compile_for(store(torch.bfloat16), 90), shared_bytes=100 * 2**10)
+    assert faults(made, 90) == []
+    assert faults(made, 86) == ["102400 bytes of shared memory, 101376 are there"]
