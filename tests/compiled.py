@@ -36,6 +36,11 @@ class Compiled:
     stack_bytes: int
     shared_bytes: int
 
+    @property
+    def wide_loads(self) -> int:
+        """128-bit loads in the code, to registers or to shared memory."""
+        return len(re.findall(r"\b(?:LDG|LDGSTS)\.E\.(?:\w+\.)*128\b", self.sass))
+
 
 def compile_for(launch: Launch, capability: int, *, aligned: bool = True) -> Compiled:
     """Compile as Triton would at this launch: types, and what of its arguments is divisible by 16, are theirs.
@@ -54,8 +59,9 @@ def compile_for(launch: Launch, capability: int, *, aligned: bool = True) -> Com
         if isinstance(value, Tensor):
             signature[name], whole = _POINTERS[value.dtype], value.data_ptr()
         elif isinstance(value, int):
-            assert value != 1, f"{name} is 1, which Triton would compile in as a constant"
-            signature[name], whole = "i32" if abs(value) < 2**31 else "i64", value
+            plain = launch.kernel.params[index].do_not_specialize
+            assert plain or value != 1, f"{name} is 1, which Triton would compile in as a constant"
+            signature[name], whole = "i32" if abs(value) < 2**31 else "i64", None if plain else value
         else:
             signature[name] = "fp32"
         if aligned and whole is not None and whole % 16 == 0:
@@ -71,13 +77,20 @@ def compile_for(launch: Launch, capability: int, *, aligned: bool = True) -> Com
     return Compiled(told, int(stack[1]), made.metadata.shared)
 
 
-def faults(compiled: Compiled, capability: int) -> list[str]:
-    """What is wrong with the machine code: registers spilled to memory, too much shared memory, no wide loads."""
+def faults(compiled: Compiled, capability: int, *, wide_loads: int = 0) -> list[str]:
+    """What is wrong with the machine code: registers spilled to memory, too much shared memory, narrow accesses.
+
+    With ``wide_loads`` at least so many must be there, and the rest, of single rows and tables, may be narrow.
+    """
     found = []
     if compiled.stack_bytes or re.search(r"\b(LDL|STL)\b", compiled.sass):
         found.append(f"registers spill, {compiled.stack_bytes} bytes of stack")
     if compiled.shared_bytes > SHARED_BYTES[capability]:
         found.append(f"{compiled.shared_bytes} bytes of shared memory, {SHARED_BYTES[capability]} are there")
+    if wide_loads:
+        if compiled.wide_loads < wide_loads:
+            found.append(f"{compiled.wide_loads} 128-bit loads, {wide_loads} are wanted")
+        return found
     for kind, instruction in (("loads", "LDG"), ("stores", "STG")):
         if not re.search(rf"\b{instruction}\.E\.(\w+\.)*128\b", compiled.sass):
             found.append(f"no 128-bit {kind}")

@@ -5,17 +5,27 @@ Knows no time: what the twins gain shows in the decode and profile stages.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.gpu.stage import Stage, run
-from sightline_kernels.dispatch import OPERATIONS, REFERENCES, TWINLESS, Kernels, Workload, capability_of, explain
+from sightline_kernels.dispatch import (
+    OPERATIONS,
+    REFERENCES,
+    TWINLESS,
+    Kernels,
+    Workload,
+    can_build_launchers,
+    capability_of,
+    explain,
+)
 from sightline_kernels.dispatch import choose as choose_kernels
+from sightline_kernels.layout import PagedLayout
 
-HIDDEN, INTERMEDIATE, HEADS, HEAD_DIM = 4096, 11008, 32, 128
+HIDDEN, INTERMEDIATE, HEADS, HEAD_DIM, BLOCK_SIZE = 4096, 11008, 32, 128, 16
 KV_HEADS = (32, 8)
 ROWS = (1, 64, 2048)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -73,9 +83,44 @@ def trials(rows: int, kv_heads: int, dtype: torch.dtype, device: str) -> list[Tr
         out_THD = kernels.rotary_store_kv(*split(kind), cos_TD.to(kind), sin_TD.to(kind), *filled, slots_T)
         return (out_THD, *filled)
 
-    calls = {call.__name__: call for call in (add_rms_norm, silu_mul, store_kv, rotary_store_kv)}
+    layout, num_blocks = attention_layout(rows, device)
+    k_cache_NPGD = noise(num_blocks, BLOCK_SIZE, kv_heads, HEAD_DIM)
+    v_cache_NPGD = noise(num_blocks, BLOCK_SIZE, kv_heads, HEAD_DIM)
+    q_THD = noise(sum(layout.query_lens), HEADS, HEAD_DIM)
+
+    def paged_attention(kernels: Kernels, kind: torch.dtype) -> tuple[Tensor, ...]:
+        filled = (k_cache_NPGD.to(kind), v_cache_NPGD.to(kind))
+        # What the reference derives from the geometry for one dtype doesn't fit another.
+        own = replace(layout, memo={})
+        return (kernels.paged_attention(q_THD.to(kind), *filled, own, HEAD_DIM**-0.5),)
+
+    calls = {call.__name__: call for call in (add_rms_norm, silu_mul, store_kv, rotary_store_kv, paged_attention)}
     assert set(calls) == set(OPERATIONS) - set(TWINLESS), f"trials of {sorted(calls)}, twins of {OPERATIONS}"
     return [Trial(name, call) for name, call in calls.items()]
+
+
+def attention_layout(rows: int, device: str) -> tuple[PagedLayout, int]:
+    """About ``rows`` tokens: up to 64 decodes of contexts up to 700, two slices of the rest; and its block count."""
+    num_decodes = min(rows, 64)
+    slices = [(rows - num_decodes) // 2] * 2 if rows > num_decodes else []
+    lengths = [(1, 1 + index * 37 % 700) for index in range(num_decodes - 1)] + [(1, 700)]
+    lengths += [(length, length + 33) for length in slices]
+    query_lens, context_lens = zip(*lengths, strict=True)
+    width = -(-max(context_lens) // BLOCK_SIZE)
+    num_blocks = len(lengths) * width
+    dealt = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(rows)).int().view(-1, width)
+    layout = PagedLayout(
+        block_table_BN=dealt.to(device),
+        cu_seqlens_B1=torch.tensor([0, *query_lens]).cumsum(0).int().to(device),
+        context_len_B=torch.tensor(context_lens, dtype=torch.int32).to(device),
+        # Nothing is stored here: the cache is full beforehand.
+        slots_T=torch.zeros(sum(query_lens), dtype=torch.int64, device=device),
+        query_lens=query_lens,
+        context_lens=context_lens,
+        num_decodes=num_decodes,
+        block_size=BLOCK_SIZE,
+    )
+    return layout, num_blocks
 
 
 def workload(kv_heads: int, dtype: torch.dtype, device: str) -> Workload:
@@ -90,6 +135,7 @@ def workload(kv_heads: int, dtype: torch.dtype, device: str) -> Workload:
         num_kv_heads=kv_heads,
         head_dim=HEAD_DIM,
         row_invariant=False,
+        can_build=can_build_launchers(),
     )
 
 

@@ -5,8 +5,11 @@ An operation that has no twin is its reference in every mode.
 Knows what a model will ask of its kernels. Knows no step, and costs nothing in one: the choice is made beforehand.
 """
 
+import shutil
+import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -21,7 +24,8 @@ from sightline_kernels.store_kv.reference import store_kv
 
 Mode = Literal["auto", "reference", "fused"]
 
-TWINLESS = ("paged_attention",)
+TWINLESS: tuple[str, ...] = ()
+"""Operations of which there is only the reference."""
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST_CAPABILITY = (8, 0)
 """The oldest GPUs the twins are compiled for in the tests."""
@@ -61,6 +65,8 @@ class Workload:
     head_dim: int
     row_invariant: bool
     """Whether steps will have to be row-invariant (``--deterministic``)."""
+    can_build: bool = True
+    """Whether the machine has what Triton builds with; see ``can_build_launchers``."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,15 @@ class Choice:
 def capability_of(device: torch.device) -> tuple[int, int]:
     """The device's compute capability; (0, 0) for one that is no CUDA GPU."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def can_build_launchers() -> bool:
+    """Whether there are a C compiler and Python's headers, with which Triton builds what starts a kernel."""
+    scheme = sysconfig.get_default_scheme()
+    # Debian's own scheme names a folder that is empty; Triton looks where the headers are.
+    paths = sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)
+    has_compiler = any(shutil.which(name) for name in ("gcc", "clang"))
+    return has_compiler and Path(paths["include"], "Python.h").is_file()
 
 
 def choose(mode: Mode, workload: Workload) -> Kernels:
@@ -123,6 +138,8 @@ def _refusal_of_all(workload: Workload) -> str | None:
     if workload.device.type == "cuda" and workload.capability < LEAST_CAPABILITY:
         had, least = (".".join(map(str, each)) for each in (workload.capability, LEAST_CAPABILITY))
         return f"this GPU has compute capability {had}, and {least} is the least it was compiled for"
+    if workload.device.type == "cuda" and not workload.can_build:
+        return "Triton builds with a C compiler and Python's headers; install gcc and python3-dev"
     if workload.dtype not in FUSED_DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in FUSED_DTYPES)
         return f"it computes in {known}, not in {str(workload.dtype).removeprefix('torch.')}"
@@ -134,17 +151,21 @@ def _refusal_of_all(workload: Workload) -> str | None:
 def _twins(workload: Workload) -> tuple[Kernels, dict[str, str]]:
     """The twins, and what those that refuse say. Triton is imported here and no earlier: a CPU has no use for it."""
     from sightline_kernels.launch import is_interpreting
+    from sightline_kernels.paged_attention import fused as attention
     from sightline_kernels.rms_norm import fused as rms_norm
     from sightline_kernels.rotary_store_kv import fused as rotary
     from sightline_kernels.silu_mul import fused as silu
     from sightline_kernels.store_kv import fused as store
 
-    twins = Kernels(rms_norm.add_rms_norm, silu.silu_mul, store.store_kv, rotary.rotary_store_kv, paged_attention)
+    twins = Kernels(
+        rms_norm.add_rms_norm, silu.silu_mul, store.store_kv, rotary.rotary_store_kv, attention.paged_attention
+    )
     said = {
         "add_rms_norm": rms_norm.refusal(workload.hidden_size),
         "silu_mul": silu.refusal(workload.intermediate_size),
         "store_kv": store.refusal(),
         "rotary_store_kv": rotary.refusal(workload.head_dim),
+        "paged_attention": attention.refusal(workload.num_heads, workload.num_kv_heads, workload.head_dim),
     }
     if workload.device.type == "cpu" and not is_interpreting():
         said = dict.fromkeys(said, "Triton runs on CUDA GPUs, and this is a CPU")

@@ -31,8 +31,9 @@ class Launch:
     @property
     def options(self) -> dict[str, Any]:
         """What the compiler is told beside arguments and constants."""
-        # Said outright, since Triton's default for it is about to change.
-        return {"num_warps": self.num_warps, "enable_fp_fusion": True}
+        # Keys of one turn of a loop are fetched during the turn before; for more, small cards have no room. Fusion is
+        # said outright, since Triton's default for it is about to change.
+        return {"num_warps": self.num_warps, "num_stages": 2, "enable_fp_fusion": True}
 
     def run(self) -> None:
         """Launch on the current device and stream; with nothing to do, do nothing."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sightline_kernels.dispatch import REFERENCES, Kernels, Workload, capability_of
+from sightline_kernels.dispatch import REFERENCES, Kernels, Workload, can_build_launchers, capability_of
 from sightline_kernels.layout import PagedLayout
 from sightline_models.config import DecoderConfig, RopeConfig
 from sightline_models.kv import KvPool
@@ -73,6 +73,7 @@ def kernel_workload(
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         row_invariant=row_invariant,
+        can_build=can_build_launchers(),
     )
 
 

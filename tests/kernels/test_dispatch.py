@@ -69,6 +69,7 @@ def test_a_gpu_gets_every_twin(mode: str) -> None:
         ({"dtype": torch.float64}, "computes in float32, bfloat16, float16, not in float64"),
         ({"capability": (7, 5)}, "compute capability 7.5, and 8.0 is the least"),
         ({"row_invariant": True}, "--deterministic"),
+        ({"can_build": False}, "install gcc and python3-dev"),
         ({"device": torch.device("meta")}, "this is meta"),
     ],
 )
@@ -86,6 +87,8 @@ def test_what_no_twin_takes_is_left_to_all_references_or_refused(changes: dict[s
         ({"hidden_size": 20000}, "add_rms_norm", "rows of 20000 numbers"),
         ({"intermediate_size": 10**8}, "silu_mul", "100000000"),
         ({"head_dim": 5}, "rotary_store_kv", "heads of 5 numbers"),
+        ({"head_dim": 512}, "paged_attention", "heads of 512 numbers"),
+        ({"num_kv_heads": 5}, "paged_attention", "can't share 5 key heads"),
     ],
 )
 def test_one_refusal_is_that_operations_own(changes: dict[str, object], operation: str, said: str) -> None:

@@ -5,15 +5,19 @@ Triton decides which when it is imported, so in an ordinary run without a GPU no
 """
 
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from engines import CLIP, Album, make_engine, make_prompt, make_request, picture, run
 from torch import Tensor
-from twins import make_heads, noise, wide_rows
+from twins import make_attention, make_heads, noise, wide_rows
 
 from sightline_kernels.dispatch import REFERENCES, choose
+from sightline_kernels.paged_attention import fused as attention
+from sightline_kernels.paged_attention.reference import paged_attention
 from sightline_kernels.rms_norm import fused as rms_norm
 from sightline_kernels.rms_norm.reference import add_rms_norm
 from sightline_kernels.rotary_store_kv import fused as rotary_store_kv
@@ -40,11 +44,11 @@ pytestmark = [
 ]
 
 
-def check(ours: Tensor, true: Tensor) -> None:
-    """``ours`` is the float64 ``true`` but for float32 arithmetic and one rounding to its own dtype."""
+def check(ours: Tensor, true: Tensor, slack: float = 0.0) -> None:
+    """``ours`` is the float64 ``true`` but for float32 arithmetic, one rounding to its own dtype, and ``slack``."""
     eps, eps32 = torch.finfo(ours.dtype).eps, torch.finfo(torch.float32).eps
     relative = 16 * eps32 if ours.dtype == torch.float32 else 0.51 * eps
-    torch.testing.assert_close(ours.double(), true, rtol=relative, atol=16 * eps32, equal_nan=True)
+    torch.testing.assert_close(ours.double(), true, rtol=relative, atol=16 * eps32 + slack, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -105,6 +109,72 @@ def test_store_kv(tokens: int, heads: int, kv_heads: int, head_dim: int, dtype: 
     store_kv_reference(step.k_TGD, step.v_TGD, *expected, step.slots_T)
     for cache, true in zip(ours, expected, strict=True):
         torch.testing.assert_close(cache, true, rtol=0, atol=0, equal_nan=True)
+
+
+STEPS = {
+    "one token": [(1, 1)],
+    "decodes of many lengths": [(1, 7), (1, 1), (1, 4), (1, 19)],
+    "a whole prompt": [(9, 9)],
+    "a later chunk": [(5, 14)],
+    "everything at once": [(1, 3), (1, 12), (6, 6), (2, 11), (7, 8)],
+    "many keys, one tile of them full": [(1, 300), (1, 5), (3, 257), (64, 64)],
+    "several tiles": [(70, 70), (3, 3), (130, 140)],
+}
+
+
+def check_attention(
+    lengths: list[tuple[int, int]], heads: int, kv_heads: int, head_dim: int, block_size: int, **rest: Any
+) -> None:
+    step = make_attention(lengths, heads=heads, kv_heads=kv_heads, head_dim=head_dim, block_size=block_size, **rest)
+    caches = (step.k_cache_NPGD, step.v_cache_NPGD)
+    ours = attention.paged_attention(step.q_THD, *caches, step.layout, step.scale)
+    true = paged_attention(step.q_THD.double(), *(cache.double() for cache in caches), step.layout, step.scale)
+    # A key's weight is rounded to the values' dtype before it meets them; scores in float32 are off by some roundings.
+    largest = float(caches[1].nan_to_num().abs().max())
+    check(ours, true, slack=largest * (torch.finfo(ours.dtype).eps / 2 + 32 * torch.finfo(torch.float32).eps))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 2), (3, 1)])
+@pytest.mark.parametrize("lengths", STEPS.values(), ids=STEPS.keys())
+def test_paged_attention(lengths: list[tuple[int, int]], heads: int, kv_heads: int, device: str) -> None:
+    check_attention(lengths, heads, kv_heads, 8, 4, dtype=torch.float32, device=device)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "block_size"), [(2, 2, 128, 16), (6, 2, 20, 3), (2, 1, 256, 1)]
+)
+def test_paged_attention_of_other_shapes(
+    heads: int, kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype, device: str
+) -> None:
+    lengths = STEPS["everything at once"]
+    check_attention(lengths, heads, kv_heads, head_dim, block_size, dtype=dtype, device=device)
+    check_attention([(1, 200), (90, 100)], heads, kv_heads, head_dim, block_size, dtype=dtype, device=device)
+
+
+def test_paged_attention_of_more_rows_than_it_splits(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    monkeypatch.setattr(attention, "DECODE_PROGRAMS", 1)
+    for kv_heads in (4, 2):
+        check_attention([(1, 300), (1, 2)], 4, kv_heads, 16, 4, dtype=torch.float32, device=device)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="an interpreter has no graphs")
+def test_a_step_of_decodes_is_captured_and_replayed_at_other_lengths(device: str) -> None:
+    step = make_attention(
+        [(1, 70), (1, 300)], heads=4, kv_heads=2, head_dim=64, dtype=torch.float16, device=device, block_size=16
+    )
+    inputs = (step.q_THD, step.k_cache_NPGD, step.v_cache_NPGD)
+    attention.paged_attention(*inputs, step.layout, step.scale)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out_THD = attention.paged_attention(*inputs, step.layout, step.scale)
+    for context_lens in ((70, 300), (1, 129)):
+        step.layout.context_len_B.copy_(torch.tensor(context_lens))
+        graph.replay()
+        expected = replace(step.layout, context_lens=context_lens, memo={})
+        true = paged_attention(*(each.double() for each in inputs), expected, step.scale)
+        check(out_THD, true, slack=5 * torch.finfo(torch.float16).eps)
 
 
 def test_no_tokens_are_no_launch(device: str) -> None:
