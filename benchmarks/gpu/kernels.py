@@ -15,7 +15,6 @@ from benchmarks.gpu.stage import Stage, run
 from sightline_kernels.dispatch import (
     OPERATIONS,
     REFERENCES,
-    TWINLESS,
     Kernels,
     Workload,
     can_build_launchers,
@@ -95,7 +94,7 @@ def trials(rows: int, kv_heads: int, dtype: torch.dtype, device: str) -> list[Tr
         return (kernels.paged_attention(q_THD.to(kind), *filled, own, HEAD_DIM**-0.5),)
 
     calls = {call.__name__: call for call in (add_rms_norm, silu_mul, store_kv, rotary_store_kv, paged_attention)}
-    assert set(calls) == set(OPERATIONS) - set(TWINLESS), f"trials of {sorted(calls)}, twins of {OPERATIONS}"
+    assert set(calls) == set(OPERATIONS), f"trials of {sorted(calls)}, twins of {OPERATIONS}"
     return [Trial(name, call) for name, call in calls.items()]
 
 

@@ -1,7 +1,6 @@
 """Chooses, once for a model, the fused twin or the reference of every operation, and says why.
 
 The mode is the caller's: ``auto`` takes each twin that doesn't refuse, ``reference`` none, ``fused`` all or raises.
-An operation that has no twin is its reference in every mode.
 Knows what a model will ask of its kernels. Knows no step, and costs nothing in one: the choice is made beforehand.
 """
 
@@ -24,8 +23,6 @@ from sightline_kernels.store_kv.reference import store_kv
 
 Mode = Literal["auto", "reference", "fused"]
 
-TWINLESS: tuple[str, ...] = ()
-"""Operations of which there is only the reference."""
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST_CAPABILITY = (8, 0)
 """The oldest GPUs the twins are compiled for in the tests."""
@@ -112,13 +109,10 @@ def explain(mode: Mode, workload: Workload) -> tuple[Choice, ...]:
     if mode == "fused" and refused:
         operation, reason = next(iter(refused.items()))
         raise FusedRefusedError(f"The fused {operation} can't be used: {reason}")
-    return tuple(_choice(operation, refused) for operation in OPERATIONS)
-
-
-def _choice(operation: str, refused: dict[str, str]) -> Choice:
-    if operation in TWINLESS:
-        return Choice(operation, False, "it has no fused twin")
-    return Choice(operation, operation not in refused, refused.get(operation, "its fused twin takes this"))
+    return tuple(
+        Choice(operation, operation not in refused, refused.get(operation, "its fused twin takes this"))
+        for operation in OPERATIONS
+    )
 
 
 def _refusals(workload: Workload) -> dict[str, str]:
@@ -129,7 +123,7 @@ def _refusals(workload: Workload) -> dict[str, str]:
             return _twins(workload)[1]
         except ImportError as error:
             everywhere = f"Triton can't be imported ({error}); install it with pip install triton"
-    return {operation: everywhere for operation in OPERATIONS if operation not in TWINLESS}
+    return dict.fromkeys(OPERATIONS, everywhere)
 
 
 def _refusal_of_all(workload: Workload) -> str | None:

@@ -10,7 +10,6 @@ import torch
 from sightline_kernels.dispatch import (
     OPERATIONS,
     REFERENCES,
-    TWINLESS,
     FusedRefusedError,
     Workload,
     capability_of,
@@ -60,7 +59,8 @@ def test_a_gpu_gets_every_twin(mode: str) -> None:
     assert [choice.operation for choice in choices] == list(OPERATIONS)
     for choice in choices:
         twin, reference = getattr(kernels, choice.operation), getattr(REFERENCES, choice.operation)
-        assert choice.fused == (twin is not reference) == (choice.operation not in TWINLESS)
+        assert choice.fused
+        assert twin is not reference
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_a_gpu_gets_every_twin(mode: str) -> None:
 def test_what_no_twin_takes_is_left_to_all_references_or_refused(changes: dict[str, object], said: str) -> None:
     workload = replace(H200, **changes)
     assert choose("auto", workload) is REFERENCES
-    assert all(said in choice.reason for choice in explain("auto", workload) if choice.operation not in TWINLESS)
+    assert all(said in choice.reason for choice in explain("auto", workload))
     with pytest.raises(FusedRefusedError, match=said):
         choose("fused", workload)
 
@@ -94,7 +94,7 @@ def test_what_no_twin_takes_is_left_to_all_references_or_refused(changes: dict[s
 def test_one_refusal_is_that_operations_own(changes: dict[str, object], operation: str, said: str) -> None:
     workload = replace(H200, **changes)
     kernels = choose("auto", workload)
-    refused = [choice for choice in explain("auto", workload) if not choice.fused and choice.operation not in TWINLESS]
+    refused = [choice for choice in explain("auto", workload) if not choice.fused]
     assert [choice.operation for choice in refused] == [operation]
     assert said in refused[0].reason
     assert getattr(kernels, operation) is getattr(REFERENCES, operation)
