@@ -1,4 +1,4 @@
-"""Stage 4: the time of one decode step at several batches, beside the floor that memory bandwidth sets.
+"""Stage 5: the time of one decode step at several batches, beside the floor that memory bandwidth sets.
 
 The floor is what the step must read (weights once, every sequence's keys and values once) over the copy bandwidth
 measured in this same process. ``in_graph_ms`` is the same step replayed from a CUDA graph: what is left when nothing

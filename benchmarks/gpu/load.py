@@ -1,4 +1,4 @@
-"""Stage 6: the true server with random weights, loaded over HTTP."""
+"""Stage 7: the true server with random weights, loaded over HTTP."""
 
 from typing import Any
 

@@ -41,6 +41,7 @@ class Plan:
 STAGES = (
     Plan("environment", "environment", 60, "the machine and its ceilings"),
     Plan("tests", "gpu_tests", 150, "the tests marked gpu"),
+    Plan("kernels", "kernels", 90, "fused kernels beside their references"),
     Plan("oracle", "oracle", 150, "bfloat16 error beside transformers', against float32"),
     Plan("decode", "decode", 90, "decode step time beside the bandwidth floor"),
     Plan("profile", "step_profile", 90, "kernels, waits and idle share of one step"),

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from sightline_kernels.dispatch import Kernels, choose
 from sightline_models import presets
-from sightline_models.config import read_config
+from sightline_models.config import VlmConfig, read_config
+from sightline_models.decoder import kernel_workload
 from sightline_models.images import read_preprocess_config
 from sightline_models.parameter_count import count_parameters
 from sightline_models.vlm import Vlm
@@ -27,14 +29,21 @@ def random_model(shape: str, *, dtype: torch.dtype, device: str, seed: int = 0) 
         config = read_config(folder)
         normalization = read_preprocess_config(folder, config).normalization
     use_device(choose_device(device))
-    return random_vlm(config, normalization, dtype=dtype, device=torch.device(device), seed=seed)
+    kernels = kernels_of(config, dtype, device)
+    return random_vlm(config, normalization, dtype=dtype, device=torch.device(device), seed=seed, kernels=kernels)
 
 
 def load_ours(folder: Path, *, dtype: torch.dtype, device: str) -> Vlm:
     use_device(choose_device(device))
     config = read_config(folder)
     normalization = read_preprocess_config(folder, config).normalization
-    return load_vlm(folder, config, normalization, dtype=dtype, device=torch.device(device))
+    kernels = kernels_of(config, dtype, device)
+    return load_vlm(folder, config, normalization, dtype=dtype, device=torch.device(device), kernels=kernels)
+
+
+def kernels_of(config: VlmConfig, dtype: torch.dtype, device: str) -> Kernels:
+    """Those that the server would use: fused wherever they can be."""
+    return choose("auto", kernel_workload(config.decoder, dtype=dtype, device=torch.device(device)))
 
 
 def random_transformers_model(folder: Path, *, device: str, seed: int = 0) -> Any:

@@ -1,4 +1,4 @@
-"""Stage 3: how far our bfloat16 logits are from float32's, beside how far transformers' own bfloat16 ones are.
+"""Stage 4: how far our bfloat16 logits are from float32's, beside how far transformers' own bfloat16 ones are.
 
 The oracle is transformers in float32 on the same weights. Ours runs all prompts packed in one prefill, then decodes
 the last tokens one by one through the paged cache; teacher-forced, so one slip doesn't change what follows.

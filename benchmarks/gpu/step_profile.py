@@ -1,4 +1,4 @@
-"""Stage 5: what one decode step of the true engine does: kernels, waits for the device, idle share.
+"""Stage 6: what one decode step of the true engine does: kernels, waits for the device, idle share.
 
 Reads torch.profiler's trace. A kernel belongs to the step whose host code launched it, by correlation id, so work that
 the device does after the host moved on is counted where it came from.

@@ -10,19 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sightline_kernels.dispatch import REFERENCES, Kernels, Workload, can_build_launchers, capability_of
 from sightline_kernels.layout import PagedLayout
-from sightline_kernels.rms_norm.reference import add_rms_norm
 from sightline_models.config import DecoderConfig, RopeConfig
 from sightline_models.kv import KvPool
 from sightline_models.layers import DecoderLayer, Linear, RmsNormWeight
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, kernels: Kernels = REFERENCES) -> None:
         super().__init__()
         self.config = config
+        self.kernels = kernels
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, kernels) for _ in range(config.num_layers))
         self.norm = RmsNormWeight(config.hidden_size)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -49,13 +50,31 @@ class Decoder(nn.Module):
             self.layers, kv.k_LNPGD.unbind(0), kv.v_LNPGD.unbind(0), strict=True
         ):
             x_TW, residual_TW = layer(x_TW, residual_TW, cos_TD, sin_TD, k_cache_NPGD, v_cache_NPGD, layout)
-        normed_TW, _ = add_rms_norm(x_TW, residual_TW, self.norm.weight, self.config.rms_norm_eps)
+        normed_TW, _ = self.kernels.add_rms_norm(x_TW, residual_TW, self.norm.weight, self.config.rms_norm_eps)
         return normed_TW
 
     def logits(self, hidden_SW: Tensor) -> Tensor:
         """Return float32 logits_SV."""
         logits_SV: Tensor = self.lm_head(hidden_SW)
         return logits_SV.float()
+
+
+def kernel_workload(
+    config: DecoderConfig, *, dtype: torch.dtype, device: torch.device, row_invariant: bool = False
+) -> Workload:
+    """What a decoder of this shape will ask of its kernels."""
+    return Workload(
+        device=device,
+        capability=capability_of(device),
+        dtype=dtype,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        row_invariant=row_invariant,
+        can_build=can_build_launchers(),
+    )
 
 
 def rotary_tables(config: DecoderConfig) -> tuple[Tensor, Tensor]:

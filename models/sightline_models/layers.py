@@ -11,13 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sightline_kernels.dispatch import Kernels
 from sightline_kernels.layout import PagedLayout
 from sightline_kernels.linear.reference import can_pack, linear, pack
-from sightline_kernels.paged_attention.reference import paged_attention
-from sightline_kernels.rms_norm.reference import add_rms_norm
-from sightline_kernels.rotary.reference import apply_rotary
-from sightline_kernels.silu_mul.reference import silu_mul
-from sightline_kernels.store_kv.reference import store_kv
 from sightline_models.config import DecoderConfig
 
 
@@ -64,8 +60,9 @@ class Linear(nn.Linear):
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions; query, key and value weights are one matrix, in that order."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, kernels: Kernels) -> None:
         super().__init__()
+        self.kernels = kernels
         self.num_heads = config.num_heads
         self.num_kv_heads = config.num_kv_heads
         self.head_dim = config.head_dim
@@ -85,9 +82,10 @@ class Attention(nn.Module):
     ) -> Tensor:
         heads_TXD = self.qkv(x_TW).view(x_TW.shape[0], -1, self.head_dim)
         q_THD, k_TGD, v_TGD = heads_TXD.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        q_THD, k_TGD = apply_rotary(q_THD, k_TGD, cos_TD, sin_TD)
-        store_kv(k_TGD, v_TGD, k_cache_NPGD, v_cache_NPGD, layout.slots_T)
-        out_THD = paged_attention(q_THD, k_cache_NPGD, v_cache_NPGD, layout, self.scale)
+        q_THD = self.kernels.rotary_store_kv(
+            q_THD, k_TGD, v_TGD, cos_TD, sin_TD, k_cache_NPGD, v_cache_NPGD, layout.slots_T
+        )
+        out_THD = self.kernels.paged_attention(q_THD, k_cache_NPGD, v_cache_NPGD, layout, self.scale)
         projected: Tensor = self.o(out_THD.flatten(1))
         return projected
 
@@ -95,18 +93,19 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU; gate and up weights stand in one matrix, in that order."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, kernels: Kernels) -> None:
         super().__init__()
+        self.kernels = kernels
         self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
         self.down = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x_TW: Tensor) -> Tensor:
-        projected: Tensor = self.down(silu_mul(self.gate_up(x_TW)))
+        projected: Tensor = self.down(self.kernels.silu_mul(self.gate_up(x_TW)))
         return projected
 
 
 class RmsNormWeight(nn.Module):
-    """The learned scale of one RMS norm; the arithmetic is ``add_rms_norm``'s."""
+    """The learned scale of one RMS norm; the arithmetic is the kernels'."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -116,13 +115,14 @@ class RmsNormWeight(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention and feed-forward, each behind a norm and added to the residual stream."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, kernels: Kernels) -> None:
         super().__init__()
+        self.kernels = kernels
         self.eps = config.rms_norm_eps
         self.input_norm = RmsNormWeight(config.hidden_size)
-        self.attention = Attention(config)
+        self.attention = Attention(config, kernels)
         self.post_norm = RmsNormWeight(config.hidden_size)
-        self.feed_forward = FeedForward(config)
+        self.feed_forward = FeedForward(config, kernels)
 
     def forward(
         self,
@@ -135,7 +135,7 @@ class DecoderLayer(nn.Module):
         layout: PagedLayout,
     ) -> tuple[Tensor, Tensor]:
         """Return this layer's contribution, not yet added, and the residual stream it is to be added to."""
-        normed_TW, residual_TW = add_rms_norm(x_TW, residual_TW, self.input_norm.weight, self.eps)
+        normed_TW, residual_TW = self.kernels.add_rms_norm(x_TW, residual_TW, self.input_norm.weight, self.eps)
         x_TW = self.attention(normed_TW, cos_TD, sin_TD, k_cache_NPGD, v_cache_NPGD, layout)
-        normed_TW, residual_TW = add_rms_norm(x_TW, residual_TW, self.post_norm.weight, self.eps)
+        normed_TW, residual_TW = self.kernels.add_rms_norm(x_TW, residual_TW, self.post_norm.weight, self.eps)
         return self.feed_forward(normed_TW), residual_TW

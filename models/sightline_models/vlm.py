@@ -8,6 +8,7 @@ width, S sampled rows, V vocabulary.
 import torch
 from torch import Tensor, nn
 
+from sightline_kernels.dispatch import REFERENCES, Kernels
 from sightline_kernels.layout import PagedLayout
 from sightline_models.config import Normalization, VlmConfig
 from sightline_models.decoder import Decoder
@@ -20,13 +21,13 @@ from sightline_models.vision import ClipVit
 class Vlm(nn.Module):
     """A LLaVA. Call everything under ``torch.inference_mode()``; nothing here waits for the device."""
 
-    def __init__(self, config: VlmConfig, normalization: Normalization) -> None:
+    def __init__(self, config: VlmConfig, normalization: Normalization, kernels: Kernels = REFERENCES) -> None:
         super().__init__()
         self.config = config
         self.normalization = normalization
         self.vision = ClipVit(config.vision, config.feature_depths)
         self.projector = Projector(config.projector)
-        self.decoder = Decoder(config.decoder)
+        self.decoder = Decoder(config.decoder, kernels)
         self.build_tables()
 
     def build_tables(self) -> None:

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from sightline_kernels.dispatch import REFERENCES, Kernels
 from sightline_models.checkpoint_files import TensorEntry, read_entries
 from sightline_models.config import CheckpointError, Normalization, VlmConfig
 from sightline_models.vlm import Vlm
@@ -55,6 +56,7 @@ def load_vlm(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    kernels: Kernels = REFERENCES,
     progress: Callable[[float], None] | None = None,
 ) -> Vlm:
     """Read a checkpoint folder's safetensors, cast to ``dtype``, onto ``device``.
@@ -63,7 +65,7 @@ def load_vlm(
     unknown or of the wrong shape, before anything is read.
     """
     entries = read_entries(folder)
-    vlm = _empty_vlm(config, normalization, dtype=dtype, device=device)
+    vlm = _empty_vlm(config, normalization, dtype=dtype, device=device, kernels=kernels)
     slots = dict(_slots(vlm))
     plan = _match(folder, config, entries, slots)
     total = sum(entry.num_bytes for entry, _ in plan) or 1
@@ -86,10 +88,16 @@ def load_vlm(
 
 
 def random_vlm(
-    config: VlmConfig, normalization: Normalization, *, dtype: torch.dtype, device: torch.device, seed: int
+    config: VlmConfig,
+    normalization: Normalization,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    kernels: Kernels = REFERENCES,
 ) -> Vlm:
     """A model of the true shape with random weights made on the device, scaled so that sampled text varies."""
-    vlm = _empty_vlm(config, normalization, dtype=dtype, device=device)
+    vlm = _empty_vlm(config, normalization, dtype=dtype, device=device, kernels=kernels)
     generator = torch.Generator(device=device).manual_seed(seed)
     with torch.no_grad():
         for name, parameter in vlm.named_parameters():
@@ -106,10 +114,12 @@ def random_vlm(
     return vlm
 
 
-def _empty_vlm(config: VlmConfig, normalization: Normalization, *, dtype: torch.dtype, device: torch.device) -> Vlm:
+def _empty_vlm(
+    config: VlmConfig, normalization: Normalization, *, dtype: torch.dtype, device: torch.device, kernels: Kernels
+) -> Vlm:
     """Build without memory, then give every parameter uninitialized memory in its final dtype and place, once."""
     with torch.device("meta"):
-        vlm = Vlm(config, normalization)
+        vlm = Vlm(config, normalization, kernels)
     made: dict[nn.Parameter, nn.Parameter] = {}
     for module in vlm.modules():
         for name, parameter in module.named_parameters(recurse=False):

@@ -92,6 +92,11 @@ class Settings:
         256.0, "Memory for encoded images kept for reuse, in MiB.", section="Engine", minimum=0
     )
     prefix_caching: bool = _row(True, "Reuse cached keys and values of equal prompt beginnings.", section="Engine")
+    kernels: Literal["auto", "reference", "fused"] = _row(
+        "auto",
+        "Kernels in plain torch (reference), fused for a GPU (fused), or fused wherever they can be (auto).",
+        section="Engine",
+    )
     deterministic: bool = _row(
         False, "Make a request's bytes independent of what else runs, at a cost in speed.", section="Engine"
     )

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from sightline_kernels.dispatch import REFERENCES
 from sightline_models.kv import KvPool
 from sightline_models.presets import write_preset
 from sightline_models.vlm import Vlm
@@ -99,3 +100,10 @@ def test_a_cache_larger_than_the_machine_is_refused_by_the_name_of_its_setting(t
         load.load_engine(
             tmp_path, Settings(device="cpu", random="tiny", threads=1, cpu_cache_gb=1e6), lambda stage, share: None
         )
+
+
+def test_fused_kernels_where_they_cannot_run_are_refused_by_the_settings_name(tiny: Vlm) -> None:
+    cpu = torch.device("cpu")
+    assert load.choose_kernels(Settings(), tiny.config, cpu, torch.float32) is REFERENCES
+    with pytest.raises(SettingsError, match=r"^--kernels fused: .*this is a CPU\. Use --kernels auto\.$"):
+        load.choose_kernels(Settings(kernels="fused"), tiny.config, cpu, torch.float32)

@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sightline_kernels.dispatch import FusedRefusedError, Kernels, choose, explain
 from sightline_models.config import VlmConfig, read_config
+from sightline_models.decoder import kernel_workload
 from sightline_models.images import read_preprocess_config
 from sightline_models.kv import KvPool
 from sightline_models.parameter_count import count_parameters
@@ -61,10 +63,13 @@ def load_engine(folder: Path, settings: Settings, progress: Progress) -> tuple[E
     dtype = choose_dtype(settings.dtype, config, device)
     normalization = read_preprocess_config(folder, config).normalization
     limits = _limits(config, settings, device)
+    kernels = choose_kernels(settings, config, device, dtype)
     try:
         progress("loading weights", 0.0)
         if settings.random:
-            model = random_vlm(config, normalization, dtype=dtype, device=device, seed=settings.random_seed)
+            model = random_vlm(
+                config, normalization, dtype=dtype, device=device, seed=settings.random_seed, kernels=kernels
+            )
         else:
             model = load_vlm(
                 folder,
@@ -72,6 +77,7 @@ def load_engine(folder: Path, settings: Settings, progress: Progress) -> tuple[E
                 normalization,
                 dtype=dtype,
                 device=device,
+                kernels=kernels,
                 progress=lambda share: progress("loading weights", share),
             )
         progress("sizing the cache", 0.0)
@@ -171,6 +177,17 @@ def choose_dtype(name: str, config: VlmConfig, device: torch.device) -> torch.dt
         log.warning("this GPU has no bfloat16 arithmetic: using float16")
         return torch.float16
     return dtype
+
+
+def choose_kernels(settings: Settings, config: VlmConfig, device: torch.device, dtype: torch.dtype) -> Kernels:
+    """What ``--kernels`` stands for here; why, operation by operation, goes to the log."""
+    workload = kernel_workload(config.decoder, dtype=dtype, device=device, row_invariant=settings.deterministic)
+    try:
+        for choice in explain(settings.kernels, workload):
+            log.debug("%s: %s (%s)", choice.operation, "fused" if choice.fused else "reference", choice.reason)
+        return choose(settings.kernels, workload)
+    except FusedRefusedError as error:
+        raise SettingsError(f"--kernels fused: {error}. Use --kernels auto.") from error
 
 
 def _device_name(device: torch.device) -> str:

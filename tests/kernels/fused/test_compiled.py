@@ -1,0 +1,151 @@
+"""Every fused twin compiled, at a 7B model's widths, for the cards it must run on, and its machine code read.
+
+Needs no GPU. Proves what the compiler made, not how fast it is. Planted faults are seen found.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from compiled import SHARED_BYTES, compile_for, faults
+from twins import make_attention, make_heads, noise
+
+from sightline_kernels.launch import Launch
+from sightline_kernels.paged_attention import fused as attention
+from sightline_kernels.rms_norm import fused as rms_norm
+from sightline_kernels.rotary_store_kv import fused as rotary_store_kv
+from sightline_kernels.silu_mul import fused as silu_mul
+from sightline_kernels.store_kv import fused as store_kv
+
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreted Triton compiles nothing"),
+    pytest.mark.timeout(600),
+]
+
+
+def norm(dtype: torch.dtype, width: int = 4096, with_residual: bool = True) -> Launch:
+    x = noise(2, width, dtype=dtype, device="cpu")
+    residual = x.clone() if with_residual else None
+    return rms_norm.plan(x, residual, x[0].clone(), 1e-5, x.clone(), x.clone())
+
+
+def gate(dtype: torch.dtype) -> Launch:
+    return silu_mul.plan(noise(2, 2 * 11008, dtype=dtype, device="cpu"), noise(2, 11008, dtype=dtype, device="cpu"))
+
+
+def turn(dtype: torch.dtype, heads: int = 32, kv_heads: int = 8, head_dim: int = 128) -> Launch:
+    step = make_heads(2, heads, kv_heads, head_dim, dtype=dtype, device="cpu")
+    inputs = (step.q_THD, step.k_TGD, step.v_TGD, step.cos_TD, step.sin_TD, *step.fresh_caches(), step.slots_T)
+    return rotary_store_kv.plan(*inputs, torch.zeros(2, heads, head_dim, dtype=dtype))
+
+
+def store(dtype: torch.dtype) -> Launch:
+    step = make_heads(2, 32, 8, 128, dtype=dtype, device="cpu")
+    return store_kv.plan(step.k_TGD, step.v_TGD, *step.fresh_caches(), step.slots_T)
+
+
+def attend(which: int, dtype: torch.dtype, kv_heads: int = 8, head_dim: int = 128) -> Launch:
+    """Of a step of decodes and slices: its decodes (0), the merging of their parts (1), its slices (2)."""
+    lengths = [(1, 640), (1, 3), (70, 80), (2, 2)]
+    step = make_attention(
+        lengths, heads=32, kv_heads=kv_heads, head_dim=head_dim, block_size=16, dtype=dtype, device="cpu"
+    )
+    out_THD = torch.zeros_like(step.q_THD)
+    return attention.plan(step.q_THD, step.k_cache_NPGD, step.v_cache_NPGD, step.layout, step.scale, out_THD)[which]
+
+
+LAUNCHES: dict[str, Callable[[torch.dtype], Launch]] = {
+    "add_rms_norm": norm,
+    "rms_norm": lambda dtype: norm(dtype, with_residual=False),
+    "add_rms_norm, 5120 wide": lambda dtype: norm(dtype, 5120),
+    "silu_mul": gate,
+    "rotary_store_kv": turn,
+    "rotary_store_kv, heads of 96": lambda dtype: turn(dtype, 32, 32, 96),
+    "store_kv": store,
+}
+ATTENTION: dict[str, Callable[[torch.dtype], Launch]] = {
+    "decodes": lambda dtype: attend(0, dtype),
+    "decodes of unshared heads": lambda dtype: attend(0, dtype, 32),
+    "slices": lambda dtype: attend(2, dtype),
+}
+OTHER_HEADS: dict[str, Callable[[torch.dtype], Launch]] = {
+    "decodes of heads of 64": lambda dtype: attend(0, dtype, 8, 64),
+    "slices of heads of 64": lambda dtype: attend(2, dtype, 8, 64),
+    "decodes of heads of 256": lambda dtype: attend(0, dtype, 8, 256),
+    "slices of heads of 256": lambda dtype: attend(2, dtype, 8, 256),
+}
+
+
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_machine_code_is_free_of_faults(name: str, capability: int) -> None:
+    assert faults(compile_for(LAUNCHES[name](torch.bfloat16), capability), capability) == []
+
+
+def loads_of_keys(launch: Launch, dtype: torch.dtype) -> int:
+    """128-bit loads that each thread needs for the keys and values of one turn of the loop."""
+    tile_bytes = launch.constants["KEYS"] * launch.constants["D_BLOCK"] * dtype.itemsize
+    return 2 * tile_bytes // (launch.num_warps * 32 * 16)
+
+
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_loads_keys_and_values_wide_and_fits(name: str, capability: int) -> None:
+    launch = ATTENTION[name](torch.bfloat16)
+    made = compile_for(launch, capability)
+    assert faults(made, capability, wide_loads=loads_of_keys(launch, torch.bfloat16)) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_in_other_precisions_too(name: str, dtype: torch.dtype) -> None:
+    launch = ATTENTION[name](dtype)
+    assert faults(compile_for(launch, 86), 86, wide_loads=loads_of_keys(launch, dtype)) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", OTHER_HEADS)
+def test_attention_of_other_heads_fits_a_small_card(name: str, dtype: torch.dtype) -> None:
+    launch = OTHER_HEADS[name](dtype)
+    assert faults(compile_for(launch, 86), 86, wide_loads=loads_of_keys(launch, dtype)) == []
+
+
+def test_merging_parts_spills_nothing() -> None:
+    assert faults(compile_for(attend(1, torch.bfloat16), 80), 80, wide_loads=1) == []
+
+
+def test_narrow_loads_of_keys_are_found() -> None:
+    launch = ATTENTION["decodes of unshared heads"](torch.bfloat16)
+    made = compile_for(launch, 90, aligned=False)
+    assert faults(made, 90, wide_loads=loads_of_keys(launch, torch.bfloat16)) == ["0 128-bit loads, 16 are wanted"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["add_rms_norm", "silu_mul", "rotary_store_kv", "store_kv"])
+def test_other_precisions_too(name: str, dtype: torch.dtype) -> None:
+    assert faults(compile_for(LAUNCHES[name](dtype), 80), 80) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_widest_norm_spills_nothing(dtype: torch.dtype) -> None:
+    assert faults(compile_for(norm(dtype, rms_norm.WIDEST), 80), 80) == []
+
+
+@pytest.mark.parametrize("name", ["add_rms_norm", "silu_mul", "rotary_store_kv", "store_kv"])
+def test_pointers_of_unknown_alignment_are_found(name: str) -> None:
+    found = faults(compile_for(LAUNCHES[name](torch.bfloat16), 90, aligned=False), 90)
+    assert "no 128-bit loads" in found
+    assert "numbers loaded or stored one by one" in found
+
+
+def test_spilled_registers_are_found() -> None:
+    wide = replace(norm(torch.float32, rms_norm.WIDEST), num_warps=4)
+    assert any("registers spill" in fault for fault in faults(compile_for(wide, 90), 90))
+
+
+def test_too_much_shared_memory_is_found() -> None:
+    made = replace(compile_for(store(torch.bfloat16), 90), shared_bytes=100 * 2**10)
+    assert faults(made, 90) == []
+    assert faults(made, 86) == ["102400 bytes of shared memory, 101376 are there"]
