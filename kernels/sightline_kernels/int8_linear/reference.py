@@ -1,15 +1,15 @@
 """Linear layers whose weight is int8 with one float32 scale a row, in plain torch.
 
 The arithmetic is bitsandbytes' for the weights of LLM.int8() (Dettmers et al., arXiv 2208.07339): absolute-maximum
-scaling, row by row. Activations are not quantized. Knows no checkpoint. Suffixes: I input width, O output width, R rows of a
-chunk.
+scaling, row by row. Activations are not quantized. Knows no checkpoint.
+Suffixes: I input width, O output width, R rows of a chunk.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Numbers quantized or dequantized at a time: what a large weight needs beside its result stays small, and in a CPU's cache.
+# Numbers made or read at a time: what a large weight needs beside its result stays small, and in a CPU's cache.
 _CHUNK = 2**18
 
 
