@@ -80,6 +80,19 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+def test_what_was_loaded_does_not_change_with_the_file(scheme: str, saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(saved / scheme, folder)
+    vlm = load(folder)
+    before = [tensor.clone() for tensor in (*vlm.parameters(), *vlm.buffers()) if not tensor.is_mkldnn]
+    file = folder / "model.safetensors"
+    with file.open("r+b") as stream:
+        stream.write(bytes(file.stat().st_size))
+    after = [tensor for tensor in (*vlm.parameters(), *vlm.buffers()) if not tensor.is_mkldnn]
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
 def _state(change: Callable[[dict[str, Any]], object]) -> Callable[[dict[str, Tensor], str], None]:
     def edit(weights: dict[str, Tensor], base: str) -> None:
         name = f"{base}.weight.quant_state.bitsandbytes__nf4"
