@@ -19,6 +19,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from sightline_kernels.layout import PagedLayout
 from sightline_models.config import Normalization, read_config
 from sightline_models.kv import KvPool
+from sightline_models.quantization_config import Quantization
 from sightline_models.vlm import Vlm
 from sightline_models.weights import load_vlm
 
@@ -121,8 +122,9 @@ def reference_logits(model: LlavaForConditionalGeneration, case: Case) -> Tensor
     return output.logits[0].float()
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Vlm:
-    return load_vlm(folder, read_config(folder), CLIP_NORMALIZATION, dtype=dtype, device=torch.device(device))
+def load(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", quantize: Quantization = "none") -> Vlm:
+    where = torch.device(device)
+    return load_vlm(folder, read_config(folder), CLIP_NORMALIZATION, dtype=dtype, device=where, quantize=quantize)
 
 
 class PagedRun:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from sightline_models.checkpoint_fields import CheckpointError as CheckpointError
 from sightline_models.checkpoint_fields import Fields
+from sightline_models.quantization_config import Quantization, read_quantization
 
 ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -125,6 +126,8 @@ class VlmConfig:
     architecture: str
     is_llava15: bool
     """Whether every part is what LLaVA-1.5 has, so that its chat template may stand in for a missing one."""
+    quantization: Quantization = "none"
+    """How the weights on disk are quantized, those of them that are."""
 
     @property
     def feature_depths(self) -> tuple[int, ...]:
@@ -198,6 +201,7 @@ def read_config(folder: Path) -> VlmConfig:
             and projector.hidden_act == "gelu"
             and vision.hidden_act == "quick_gelu"
         ),
+        quantization=read_quantization(top),
     )
 
 
@@ -230,10 +234,10 @@ def _check_kind(top: Fields) -> str:
                 f"{fields.where('auto_map')}: this checkpoint wants to run code of its own, which is never done; "
                 "take a checkpoint whose architecture transformers has built in"
             )
-        if fields.get("quantization_config", None):
+        if fields is not top and fields.get("quantization_config", None):
             raise CheckpointError(
-                f"{fields.where('quantization_config')}: the weights are already quantized, which this release "
-                "can't load; take the unquantized checkpoint"
+                f"{fields.where('quantization_config')}: this release reads how weights are quantized from the top "
+                "level of config.json only; take the unquantized checkpoint, and --quantize if memory is short"
             )
     architecture = "LlavaForConditionalGeneration"
     found = top.get("architectures", None) or [

@@ -12,8 +12,8 @@ ITEM_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Precisions that every weight and the cache are kept in."""
 
 QUANTIZED_BITS: Mapping[str, float] = {"int8": 8.0, "nf4": 4.5}
-"""Bits a weight of the decoder's linears takes: nf4 keeps a float32 scale for each 64 of them. The rest of the model
-stays in two bytes, and so does the cache."""
+"""Bits a weight of the decoder's linears takes: nf4 keeps a float32 scale for each 64 of them, int8 one a row, which is
+nothing. The rest of the model and the cache stay in a precision of ``ITEM_BYTES``."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,17 @@ def count_parameters(config: VlmConfig) -> ParameterCount:
     )
 
 
-def weight_bytes(count: ParameterCount, precision: str) -> int:
-    """Bytes of the weights at a precision of ``ITEM_BYTES`` or ``QUANTIZED_BITS``."""
+def weight_bytes(count: ParameterCount, precision: str, rest: str = "bfloat16") -> int:
+    """Bytes of the weights at any precision; where it is one of ``QUANTIZED_BITS``, ``rest`` is that of all others."""
     if precision in ITEM_BYTES:
         return count.total * ITEM_BYTES[precision]
-    return int(count.decoder_linears * QUANTIZED_BITS[precision] / 8) + 2 * (count.total - count.decoder_linears)
+    quantized = int(count.decoder_linears * QUANTIZED_BITS[precision] / 8)
+    return quantized + ITEM_BYTES[rest] * (count.total - count.decoder_linears)
 
 
 def kv_bytes_per_token(decoder: DecoderConfig, precision: str) -> int:
-    """Bytes that one token's keys and values take over all layers."""
-    return 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim * ITEM_BYTES.get(precision, 2)
+    """Bytes that one token's keys and values take over all layers, at a precision of ``ITEM_BYTES``."""
+    return 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim * ITEM_BYTES[precision]
 
 
 def _attention(decoder: DecoderConfig) -> int:

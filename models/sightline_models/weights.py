@@ -1,13 +1,14 @@
 """Puts a checkpoint's weights, or random ones, into a model.
 
 Knows the names that both generations of checkpoints give their tensors, and how separate matrices fuse. Reads tensor
-by tensor, so that memory peaks at about the weights once. Knows nothing of serving.
+by tensor, and quantizes as it reads, so that memory peaks at about the final weights and one matrix. What a quantized
+matrix is, ``quantize.py`` knows. Knows nothing of serving.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 from sightline_kernels.dispatch import REFERENCES, Kernels
 from sightline_models.checkpoint_files import TensorEntry, read_entries
 from sightline_models.config import CheckpointError, Normalization, VlmConfig
+from sightline_models.layers import Linear
+from sightline_models.quantization_config import Quantization, choose_quantization
+from sightline_models.quantize import SCHEMES, QuantizedWeight, Scheme, make_linear
 from sightline_models.vlm import Vlm
 
 # A prefix of either generation and the part it belongs to; the first that fits counts.
@@ -47,6 +51,25 @@ class _Slot:
 
     shape: tuple[int, ...]
     target: Tensor
+    linear: Linear | None = None
+    """The layer whose weight this is, or is a part of; None for whatever can't be quantized."""
+    part: int = 0
+    parts: int = 1
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """One tensor to read and, of a matrix that was quantized before, those that stand beside it in the file."""
+
+    name: str
+    """Of its slot."""
+    entry: TensorEntry
+    companions: Mapping[str, TensorEntry] = field(default_factory=dict)
+    """By their endings; empty for a tensor in full precision."""
+
+    @property
+    def num_bytes(self) -> int:
+        return self.entry.num_bytes + sum(entry.num_bytes for entry in self.companions.values())
 
 
 def load_vlm(
@@ -57,32 +80,56 @@ def load_vlm(
     dtype: torch.dtype,
     device: torch.device,
     kernels: Kernels = REFERENCES,
+    quantize: Quantization = "none",
     progress: Callable[[float], None] | None = None,
 ) -> Vlm:
-    """Read a checkpoint folder's safetensors, cast to ``dtype``, onto ``device``.
+    """Read a checkpoint folder's safetensors onto ``device``, cast to ``dtype`` what isn't quantized.
 
+    ``quantize`` names a scheme for the decoder's linears; a checkpoint that is quantized is loaded as it lies.
     ``progress`` is told the fraction of bytes read. Raises CheckpointError naming each tensor that is missing,
     unknown or of the wrong shape, before anything is read.
     """
+    scheme = SCHEMES.get(choose_quantization(config.quantization, quantize))
+    is_stored = config.quantization != "none"
     entries = read_entries(folder)
-    vlm = _empty_vlm(config, normalization, dtype=dtype, device=device, kernels=kernels)
+    vlm = _meta_vlm(config, normalization, kernels)
     slots = dict(_slots(vlm))
-    plan = _match(folder, config, entries, slots)
-    total = sum(entry.num_bytes for entry, _ in plan) or 1
+    plan = _match(folder, config, entries, slots, scheme if is_stored else None)
+    quantized: set[Linear] = set()
+    if is_stored:
+        quantized = {linear for reading in plan if reading.companions and (linear := slots[reading.name].linear)}
+    elif scheme is not None:
+        quantized = decoder_linears(vlm)
+    _materialize(vlm, dtype=dtype, device=device, but=quantized)
+    slots = dict(_slots(vlm))
+    total = sum(reading.num_bytes for reading in plan) or 1
     done = 0
+    waiting: dict[Linear, list[QuantizedWeight | Tensor | None]] = {}
     with ExitStack() as stack, torch.no_grad():
-        files = {file: stack.enter_context(safe_open(file, "pt")) for file in {entry.file for entry, _ in plan}}
-        for entry, slot in plan:
-            slot.target.copy_(files[entry.file].get_tensor(entry.name).view(slot.target.shape))
-            if not slot.target.isfinite().all():
-                kind = str(dtype).removeprefix("torch.")
-                raise CheckpointError(
-                    f"{entry.file}: {entry.name} holds numbers that are not finite in {kind}; "
-                    "choose a wider --dtype, or download the file again"
-                )
-            done += entry.num_bytes
+        names = {entry.file for reading in plan for entry in (reading.entry, *reading.companions.values())}
+        files = {file: stack.enter_context(safe_open(file, "pt")) for file in names}
+        for reading in plan:
+            slot = slots[reading.name]
+            tensors = {
+                ending: files[entry.file].get_tensor(entry.name)
+                for ending, entry in {"weight": reading.entry, **reading.companions}.items()
+            }
+            if slot.linear is None or slot.linear not in quantized:
+                slot.target.copy_(tensors["weight"].view(slot.target.shape))
+                _check_finite(slot.target, reading.entry, dtype)
+            else:
+                parts = waiting.setdefault(slot.linear, [None] * slot.parts)
+                # A matrix that was left in full precision may stand beside quantized ones.
+                keeps = is_stored and not reading.companions
+                parts[slot.part] = _take(reading.entry, tensors, None if keeps else scheme, slot.shape, dtype, device)
+                whole = [part for part in parts if part is not None]
+                if len(whole) == slot.parts:
+                    _replace(vlm, slot.linear, whole)
+                    del waiting[slot.linear]
+            done += reading.num_bytes
             if progress is not None:
                 progress(done / total)
+    assert not waiting, f"{len(waiting)} layers lack parts"
     vlm.pack_weights()
     return vlm
 
@@ -95,62 +142,142 @@ def random_vlm(
     device: torch.device,
     seed: int,
     kernels: Kernels = REFERENCES,
+    quantize: Quantization = "none",
 ) -> Vlm:
-    """A model of the true shape with random weights made on the device, scaled so that sampled text varies."""
-    vlm = _empty_vlm(config, normalization, dtype=dtype, device=device, kernels=kernels)
+    """A model of the true shape with random weights made on the device, scaled so that sampled text varies.
+
+    With ``quantize``, the decoder's linears are those drawn without it, each quantized as soon as it is drawn.
+    """
+    vlm = _meta_vlm(config, normalization, kernels)
+    scheme = SCHEMES.get(quantize)
+    quantized = decoder_linears(vlm) if scheme is not None else set()
+    linears = {linear.weight: linear for linear in quantized}
+    _materialize(vlm, dtype=dtype, device=device, but=quantized)
     generator = torch.Generator(device=device).manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in vlm.named_parameters():
+        for name, parameter in list(vlm.named_parameters()):
             if parameter.dim() == 1:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-            else:
-                # Rows of length one keep activations their size and, in the head, make logits that spread by one.
-                is_table = name.endswith("position_embedding") or (
-                    name.endswith("embed_tokens.weight") and not config.decoder.tie_word_embeddings
-                )
-                std = 1.0 if is_table else 1 / math.sqrt(parameter.shape[-1])
+                continue
+            # Rows of length one keep activations their size and, in the head, make logits that spread by one.
+            is_table = name.endswith("position_embedding") or (
+                name.endswith("embed_tokens.weight") and not config.decoder.tie_word_embeddings
+            )
+            std = 1.0 if is_table else 1 / math.sqrt(parameter.shape[-1])
+            linear = linears.get(parameter)
+            if linear is None or scheme is None:
                 parameter.normal_(0.0, std, generator=generator)
+                continue
+            drawn = torch.empty(parameter.shape, dtype=dtype, device=device).normal_(0.0, std, generator=generator)
+            _replace(vlm, linear, [scheme.quantize(drawn)])
     vlm.pack_weights()
     return vlm
 
 
-def _empty_vlm(
-    config: VlmConfig, normalization: Normalization, *, dtype: torch.dtype, device: torch.device, kernels: Kernels
-) -> Vlm:
-    """Build without memory, then give every parameter uninitialized memory in its final dtype and place, once."""
+def decoder_linears(vlm: Vlm) -> set[Linear]:
+    """What ``--quantize`` quantizes: bitsandbytes leaves the head alone, and tower and projector are small."""
+    return {module for module in vlm.decoder.layers.modules() if isinstance(module, Linear)}
+
+
+def _meta_vlm(config: VlmConfig, normalization: Normalization, kernels: Kernels) -> Vlm:
     with torch.device("meta"):
-        vlm = Vlm(config, normalization, kernels)
+        return Vlm(config, normalization, kernels)
+
+
+def _materialize(vlm: Vlm, *, dtype: torch.dtype, device: torch.device, but: set[Linear]) -> None:
+    """Give every parameter uninitialized memory in its final dtype and place, once; no weight to the layers ``but``."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     for module in vlm.modules():
         for name, parameter in module.named_parameters(recurse=False):
+            if module in but and name == "weight":
+                continue
             if parameter not in made:
                 empty = torch.empty(parameter.shape, dtype=dtype, device=device)
                 made[parameter] = nn.Parameter(empty, requires_grad=False)
             setattr(module, name, made[parameter])
     vlm.build_tables()
-    return vlm.eval()
+    vlm.eval()
+
+
+def _take(
+    entry: TensorEntry,
+    tensors: Mapping[str, Tensor],
+    scheme: Scheme | None,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> QuantizedWeight | Tensor:
+    """One matrix of a quantized layer, on the device: quantized now, taken as it is, or kept in full precision."""
+    moved = {ending: tensor.to(device) for ending, tensor in tensors.items()}
+    weight = moved["weight"]
+    rows, columns = shape
+    try:
+        if scheme is not None and len(moved) > 1:
+            return scheme.read(moved, (rows, columns))
+        if scheme is not None:
+            _check_finite(weight, entry, weight.dtype)
+            return scheme.quantize(weight)
+    except ValueError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{entry.file}: {entry.name} {error}") from error
+    # A copy in any case: what was read is a view of the file.
+    kept = weight.to(dtype, copy=True)
+    _check_finite(kept, entry, dtype)
+    return kept
+
+
+def _check_finite(tensor: Tensor, entry: TensorEntry, dtype: torch.dtype) -> None:
+    if not tensor.isfinite().all():
+        kind = str(dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{entry.file}: {entry.name} holds numbers that are not finite in {kind}; "
+            "choose a wider --dtype, or download the file again"
+        )
+
+
+def _replace(vlm: Vlm, linear: Linear, parts: Sequence[QuantizedWeight | Tensor]) -> None:
+    """Put a layer made of ``parts`` where ``linear`` stood without a weight."""
+    name = next(name for name, module in vlm.named_modules() if module is linear)
+    vlm.set_submodule(name, make_linear(parts, linear.bias).eval())
 
 
 def _match(
-    folder: Path, config: VlmConfig, entries: tuple[TensorEntry, ...], slots: dict[str, _Slot]
-) -> list[tuple[TensorEntry, _Slot]]:
-    """Pair every tensor with its slot, or say which don't fit."""
+    folder: Path,
+    config: VlmConfig,
+    entries: tuple[TensorEntry, ...],
+    slots: dict[str, _Slot],
+    stored: Scheme | None,
+) -> list[_Reading]:
+    """Find every slot its tensor, with companions where the checkpoint is quantized, or say which don't fit."""
+    known = {name: entry for entry in entries if (name := _canonical(entry.name)) is not None}
+    companions: dict[str, dict[str, TensorEntry]] = {}
     plan = []
     filled: dict[str, TensorEntry] = {}
     problems = []
     for entry in entries:
         name = _canonical(entry.name)
-        if name is None or (name not in slots and not _is_unused(name, config)):
+        beside = stored.split(name) if stored is not None and name is not None else None
+        if beside is not None and beside[0] in known:
+            companions.setdefault(beside[0], {})[beside[1]] = entry
+        elif name is None or (name not in slots and not _is_unused(name, config)):
             problems.append(f"{entry.name} is unknown")
         elif name in filled:
             problems.append(f"{entry.name} and {filled[name].name} are the same weight")
         elif name in slots:
             filled[name] = entry
-            if entry.shape != slots[name].shape:
-                problems.append(f"{entry.name} has shape {list(entry.shape)} instead of {list(slots[name].shape)}")
+    for name, entry in filled.items():
+        slot, beside_it = slots[name], companions.get(name, {})
+        if stored is not None and beside_it:
+            problems += [f"{entry.name} lacks its {ending}" for ending in stored.required if ending not in beside_it]
+            if slot.linear is None:
+                problems.append(f"{entry.name} is quantized, which only matrices of linear layers can be")
+        else:
+            if entry.shape != slot.shape:
+                problems.append(f"{entry.name} has shape {list(entry.shape)} instead of {list(slot.shape)}")
             if entry.dtype not in _FLOATING:
                 problems.append(f"{entry.name} has dtype {entry.dtype} instead of one of {', '.join(_FLOATING)}")
-            plan.append((entry, slots[name]))
+        plan.append(_Reading(name, entry, beside_it))
     problems += [f"{name} is missing" for name in slots if name not in filled]
     if problems:
         listed = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
@@ -234,7 +361,8 @@ def _slot(target: Tensor) -> _Slot:
 
 def _module_slots(name: str, module: nn.Module) -> Iterator[tuple[str, _Slot]]:
     for kind, parameter in module.named_parameters(recurse=False):
-        yield f"{name}.{kind}", _slot(parameter)
+        linear = module if isinstance(module, Linear) and kind == "weight" else None
+        yield f"{name}.{kind}", _Slot(tuple(parameter.shape), parameter, linear)
 
 
 def _fused_slots(
@@ -242,5 +370,6 @@ def _fused_slots(
 ) -> Iterator[tuple[str, _Slot]]:
     """The row ranges of one fused matrix (and bias), one for each separate matrix of the checkpoint."""
     for kind, parameter in module.named_parameters(recurse=False):
-        for name, target in zip(names, torch.split(parameter, list(rows)), strict=True):
-            yield f"{prefix}.{name}.{kind}", _slot(target)
+        linear = module if isinstance(module, Linear) and kind == "weight" else None
+        for part, (name, target) in enumerate(zip(names, torch.split(parameter, list(rows)), strict=True)):
+            yield f"{prefix}.{name}.{kind}", _Slot(tuple(target.shape), target, linear, part, len(names))

@@ -63,6 +63,12 @@ class Settings:
         "Precision of weights and activations. auto: the checkpoint's on a GPU, float32 on a CPU.",
         section="Model",
     )
+    quantize: Literal["none", "int8", "nf4"] = _row(
+        "none",
+        "Quantize the decoder's linear layers at load as bitsandbytes does: less memory, not more speed. none: as the "
+        "checkpoint is.",
+        section="Model",
+    )
     max_model_len: int = _row(
         0, "Longest prompt plus answer, in tokens. 0: what the checkpoint allows.", section="Model", minimum=0
     )

@@ -149,7 +149,18 @@ def test_reads_what_transformers_reads(tmp_path: Path, spelling: dict[str, Any])
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "code of its own": (changed("auto_map", {"AutoModel": "modeling.Evil"}), "auto_map.*run code of its own"),
     "nested code": (changed("text_config.auto_map", {"AutoModel": "x.Y"}), "text_config.auto_map"),
-    "quantized": (changed("quantization_config", {"quant_method": "awq"}), "quantization_config.*unquantized"),
+    "awq": (changed("quantization_config", {"quant_method": "awq"}), "quant_method is 'awq'.*unquantized.*--quantize"),
+    "gptq": (changed("quantization_config", {"quant_method": "gptq", "bits": 4}), "quant_method is 'gptq'"),
+    "no method": (changed("quantization_config", {"bits": 4}), "quant_method is None"),
+    "fp4": (
+        changed("quantization_config", {"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        "bnb_4bit_quant_type is 'fp4'.*--quantize nf4",
+    ),
+    "neither": (changed("quantization_config", {"quant_method": "bitsandbytes"}), "load_in_8bit and load_in_4bit"),
+    "quantized inside": (
+        changed("text_config.quantization_config", {"quant_method": "bitsandbytes", "load_in_8bit": True}),
+        "text_config.quantization_config.*top level",
+    ),
     "original repository": (changed("architectures", ["LlavaLlamaForCausalLM"]), "convert_llava_weights_to_hf"),
     "tiles": (changed("architectures", ["LlavaNextForConditionalGeneration"]), "LlavaNext.*tiles"),
     "text only": (changed("architectures", ["LlamaForCausalLM"]), "text model"),

@@ -12,6 +12,7 @@ from sightline_models.config import (
 )
 from sightline_models.images import PreprocessConfig, read_preprocess_config
 from sightline_models.presets import demo_checkpoint
+from sightline_models.quantization_config import choose_quantization
 from sightline_models.tokenizer import ChatTokenizer
 from sightline_server.errors import ModelNotFound
 from sightline_server.settings import Settings, SettingsError
@@ -38,6 +39,8 @@ class ServedModel:
     def load(cls, folder: Path, settings: Settings) -> "ServedModel":
         """Read everything but the weights. Raises CheckpointError, TokenizerError, ImageError or SettingsError."""
         config = read_config(folder)
+        # Refused here, before an engine is started.
+        choose_quantization(config.quantization, settings.quantize)
         longest = config.decoder.max_position_embeddings
         if settings.max_model_len > longest:
             raise SettingsError(

@@ -79,7 +79,7 @@ class ReadyServer:
             "",
             f"  model      {model}",
             f"  device     {info.device}",
-            f"  precision  {info.dtype} ({self._why_this_dtype()})",
+            f"  precision  {self._weights()}{info.dtype} ({self._why_this_dtype()})",
             f"  cache      {info.kv_tokens:,} tokens for all requests together",
             f"  context    {context}",
             f"  address    {self.url}",
@@ -145,6 +145,10 @@ class ReadyServer:
         if self.info.dtype == self.checkpoint_dtype:
             return "auto: the checkpoint's own"
         return f"auto: this GPU can't compute in the checkpoint's {self.checkpoint_dtype}"
+
+    def _weights(self) -> str:
+        kept = self.info.quantization
+        return "" if kept == "none" else f"weights of linear layers {kept}, all else "
 
     def _key_line(self) -> str:
         if self.needs_key:

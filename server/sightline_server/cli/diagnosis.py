@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from sightline_models.config import VlmConfig
+from sightline_models.parameter_count import QUANTIZED_BITS
+from sightline_models.quantization_config import choose_quantization
 from sightline_server import settings as settings_table
 from sightline_server.cli.fit import Fit, Memory, plan
 from sightline_server.cli.machine import Machine, TorchGpu, TorchView
@@ -74,12 +76,21 @@ def choose(machine: Machine, torch: TorchView, settings: Settings) -> Choice:
 
 
 def precision_of(config: VlmConfig, choice: Choice, settings: Settings) -> str:
-    """The precision that `--dtype` comes to on the chosen device."""
+    """The precision that `--dtype` comes to on the chosen device, of all that isn't quantized."""
     if settings.dtype != "auto":
         asked: str = settings.dtype
     else:
         asked = config.dtype if choice.gpu else "float32"
     return "float16" if asked == "bfloat16" and choice.gpu and not choice.gpu.bfloat16 else asked
+
+
+def plan_served(checkpoint: Checkpoint, choice: Choice, settings: Settings) -> Fit:
+    """How the checkpoint would lie in memory if it were served with ``settings``."""
+    config = checkpoint.config
+    rest = precision_of(config, choice, settings)
+    quantization = choose_quantization(config.quantization, settings.quantize)
+    precision = rest if quantization == "none" else quantization
+    return plan(checkpoint.name, config, precision, choice.memory, settings, rest=rest)
 
 
 def software_findings(versions: Mapping[str, str | None], torch: TorchView) -> list[Finding]:
@@ -181,10 +192,9 @@ def fit_finding(checkpoint: Checkpoint, fit: Fit, choice: Choice, settings: Sett
         return None
     what = f"{checkpoint.name} doesn't fit on {choice.device} in {fit.precision}"
     sentence = f"{what}: it needs about {size(fit.needed_bytes)}, and {size(choice.memory.free)} are free."
-    for flags in _remedies(choice, fit.precision):
+    for flags in _remedies(choice, fit):
         changed = settings_table.replace(settings, **flags)
-        precision = precision_of(checkpoint.config, choice, changed)
-        if plan(checkpoint.name, checkpoint.config, precision, choice.memory, changed).fits:
+        if plan_served(checkpoint, choice, changed).fits:
             words = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in flags.items())
             command = " ".join(word for word in (own_command(), "serve", target, words) if word)
             return Finding(level="problem", sentence=sentence, fix=command)
@@ -194,15 +204,19 @@ def fit_finding(checkpoint: Checkpoint, fit: Fit, choice: Choice, settings: Sett
     return Finding(level="problem", sentence=sentence, fix="free some memory, or serve a smaller model")
 
 
-def _remedies(choice: Choice, precision: str) -> Sequence[Mapping[str, object]]:
+def _remedies(choice: Choice, fit: Fit) -> Sequence[Mapping[str, object]]:
     """Settings that make a model smaller, the least painful first."""
     half = (
-        {} if precision != "float32" else {"dtype": "bfloat16" if not choice.gpu or choice.gpu.bfloat16 else "float16"}
+        {} if fit.rest != "float32" else {"dtype": "bfloat16" if not choice.gpu or choice.gpu.bfloat16 else "float16"}
     )
     small: Mapping[str, object] = (
         {"gpu_memory_utilization": 0.95, "max_step_tokens": 512} if choice.gpu else {"cpu_cache_gb": 0.5}
     )
-    return [changes for changes in (half, small, {**half, **small}) if changes]
+    wishes: list[Mapping[str, object]] = [half, small, {**half, **small}]
+    if fit.precision == fit.rest:
+        wishes += [{**half, "quantize": scheme} for scheme in QUANTIZED_BITS]
+        wishes.append({**half, **small, "quantize": "nf4"})
+    return [changes for changes in wishes if changes]
 
 
 def _pip(words: str) -> str:

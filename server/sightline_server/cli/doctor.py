@@ -42,12 +42,14 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "model", nargs="?", default="", metavar="MODEL_DIR", help="checkpoint (default: the demo model)"
     )
     parser.add_argument("--device", metavar="DEVICE", help="plan for auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--quantize", choices=("none", "int8", "nf4"), help="plan for weights quantized at load")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit code: 0 when the model can be served on this machine, 1 when not, 2 for settings that can't be used."""
-    flags = {"model": args.model} | ({"device": args.device} if args.device else {})
+    flags = {"model": args.model}
+    flags |= {name: getattr(args, name) for name in ("device", "quantize") if getattr(args, name)}
     try:
         settings = settings_table.load(flags)
     except SettingsError as error:
@@ -77,8 +79,7 @@ def examine(settings: Settings) -> Report:
     served: Fit | None = None
     if checkpoint is not None:
         shapes = {checkpoint.name: checkpoint.config, **shapes}
-        precision = diagnosis.precision_of(checkpoint.config, choice, settings)
-        served = plan(checkpoint.name, checkpoint.config, precision, choice.memory, settings)
+        served = diagnosis.plan_served(checkpoint, choice, settings)
         too_big = diagnosis.fit_finding(checkpoint, served, choice, settings, settings.model)
         findings += [too_big] if too_big else []
     return Report(

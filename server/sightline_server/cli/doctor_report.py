@@ -53,6 +53,7 @@ class Report:
                 "folder": str(checkpoint.folder),
                 "architecture": checkpoint.config.architecture,
                 "dtype": checkpoint.config.dtype,
+                "quantization": checkpoint.config.quantization,
                 "disk_bytes": checkpoint.disk_bytes,
                 "parameters": count_parameters(checkpoint.config).total,
                 "tokens_per_image": checkpoint.config.num_image_tokens,
@@ -122,8 +123,8 @@ class Report:
             ("name", checkpoint.name),
             ("folder", str(checkpoint.folder)),
             ("kind", f"{config.architecture}, {_count(parameters)} parameters"),
-            ("on disk", f"{size(checkpoint.disk_bytes)} in {files}, {config.dtype}"),
-            ("served", f"in {served.precision}: weights {size(served.weight_bytes)}"),
+            ("on disk", f"{size(checkpoint.disk_bytes)} in {files}, {_kept(config.quantization, config.dtype)}"),
+            ("served", f"in {_kept(served.precision, served.rest)}: weights {size(served.weight_bytes)}"),
             ("cache", cache),
             ("context", f"{context}; a picture takes {config.num_image_tokens}"),
         ]
@@ -142,17 +143,16 @@ class Report:
             last = index + 1 == len(self.fits) or self.fits[index + 1].model != fit.model
             table.add_row(
                 fit.model if first else "",
-                fit.precision if fit.released else f"{fit.precision}*",
+                fit.precision,
                 size(fit.weight_bytes),
                 size(fit.needed_bytes),
                 f"{fit.cache_tokens:,}" if fit.fits else "-",
-                Text("yes", style="green" if fit.released else "dim") if fit.fits else Text("no", style="dim"),
-                style="" if fit.released else "dim",
+                Text("yes", style="green") if fit.fits else Text("no", style="dim"),
                 end_section=last,
             )
         console.print(table)
         what = "weights, one step and " + ("one longest request" if self.choice.gpu else "the whole cache")
-        note = f"needs: {what}. * not yet in this release: sizes for planning."
+        note = f"needs: {what}. int8 and nf4: with --quantize, where the checkpoint isn't quantized already."
         console.print(Padding(Text(note, style="dim"), (0, 0, 1, 2), expand=False))
 
     def _show_findings(self, console: Console) -> None:
@@ -167,7 +167,8 @@ class Report:
             count = sum(finding.level == "problem" for finding in self.findings)
             console.print(Text(f"Not ready: {count} problem{'s' if count != 1 else ''} above.", style="bold red"))
             return
-        command = f"{own_command()} serve {self.settings.model}".rstrip()
+        asked = "" if self.settings.quantize == "none" else f" --quantize {self.settings.quantize}"
+        command = f"{own_command()} serve {self.settings.model}".rstrip() + asked
         console.print(
             Text.assemble(("Ready. ", "bold green"), f"{self.checkpoint.name} can be served: {command}"), soft_wrap=True
         )
@@ -181,6 +182,10 @@ def _facts(console: Console, title: str, facts: list[Fact]) -> None:
         table.add_row(Text(name, style="dim"), Text(value))
     console.print(Text(title, style="bold"))
     console.print(Padding(table, (0, 0, 1, 2), expand=False))
+
+
+def _kept(linears: str, rest: str) -> str:
+    return rest if linears in ("none", rest) else f"{linears} (all but linear layers {rest})"
 
 
 def _count(number: int) -> str:

@@ -31,6 +31,9 @@ class Fit:
 
     model: str
     precision: str
+    """Of the decoder's linear layers: a floating-point type, or a scheme of quantization."""
+    rest: str
+    """Of all other weights, of what is computed and of the cache."""
     weight_bytes: int
     kv_bytes_per_token: int
     needed_bytes: int
@@ -40,15 +43,16 @@ class Fit:
     max_context: int
     """Longest prompt and answer of one request; 0 when it doesn't fit."""
     fits: bool
-    released: bool
-    """Whether this release can serve at this precision."""
 
 
-def plan(model: str, config: VlmConfig, precision: str, memory: Memory, settings: Settings) -> Fit:
-    """How ``model`` would lie in ``memory`` under ``settings``."""
-    weights = weight_bytes(count_parameters(config), precision)
-    a_token = kv_bytes_per_token(config.decoder, precision)
-    step = _step_bytes(config, precision, memory, settings)
+def plan(
+    model: str, config: VlmConfig, precision: str, memory: Memory, settings: Settings, *, rest: str = "bfloat16"
+) -> Fit:
+    """How ``model`` would lie in ``memory`` under ``settings``; ``rest`` counts where ``precision`` is quantized."""
+    rest = rest if precision in QUANTIZED_BITS else precision
+    weights = weight_bytes(count_parameters(config), precision, rest)
+    a_token = kv_bytes_per_token(config.decoder, rest)
+    step = _step_bytes(config, precision, rest, memory, settings)
     longest = settings.max_model_len or config.decoder.max_position_embeddings
     if memory.is_gpu:
         beside = weights + step + int(settings.encoder_cache_mb * 2**20)
@@ -68,13 +72,13 @@ def plan(model: str, config: VlmConfig, precision: str, memory: Memory, settings
     return Fit(
         model=model,
         precision=precision,
+        rest=rest,
         weight_bytes=weights,
         kv_bytes_per_token=a_token,
         needed_bytes=needed,
         cache_tokens=tokens,
         max_context=min(longest, tokens),
         fits=fits,
-        released=precision not in QUANTIZED_BITS,
     )
 
 
@@ -84,9 +88,12 @@ def precisions(memory: Memory, *, gpu_bfloat16: bool) -> tuple[str, ...]:
     return ("float32", half, *QUANTIZED_BITS)
 
 
-def _step_bytes(config: VlmConfig, precision: str, memory: Memory, settings: Settings) -> int:
-    """The largest step's tensors: the feed-forward of every token, logits and their sort, one batch of pictures."""
-    item = 4 if precision == "float32" else 2
+def _step_bytes(config: VlmConfig, precision: str, rest: str, memory: Memory, settings: Settings) -> int:
+    """The largest step's tensors: the feed-forward of every token, logits and their sort, one batch of pictures.
+
+    A quantized matrix is made whole before it is multiplied.
+    """
+    item = 4 if rest == "float32" else 2
     decoder, tower = config.decoder, config.vision
     tokens = settings.max_step_tokens or (2048 if memory.is_gpu else 512)
     hidden = tokens * (3 * decoder.intermediate_size + 8 * decoder.hidden_size) * item
@@ -94,4 +101,5 @@ def _step_bytes(config: VlmConfig, precision: str, memory: Memory, settings: Set
     logits = min(settings.max_running, tokens) * decoder.vocab_size * 16
     images = tokens // config.num_image_tokens + 2
     pictures = images * (tower.num_patches + 1) * (tower.intermediate_size + 6 * tower.hidden_size) * item
-    return int(_STEP_SLACK * (max(hidden, pictures) + logits))
+    whole = 2 * decoder.intermediate_size * decoder.hidden_size * item if precision in QUANTIZED_BITS else 0
+    return int(_STEP_SLACK * (max(hidden, pictures) + logits)) + whole

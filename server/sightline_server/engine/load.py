@@ -19,6 +19,7 @@ from sightline_models.decoder import kernel_workload
 from sightline_models.images import read_preprocess_config
 from sightline_models.kv import KvPool
 from sightline_models.parameter_count import count_parameters
+from sightline_models.quantization_config import Quantization, choose_quantization
 from sightline_models.vlm import Vlm
 from sightline_models.weights import load_vlm, random_vlm
 from sightline_server.engine.batch import build_batch
@@ -61,6 +62,7 @@ def load_engine(folder: Path, settings: Settings, progress: Progress) -> tuple[E
         torch.set_num_threads(threads)
     config = read_config(folder)
     dtype = choose_dtype(settings.dtype, config, device)
+    quantization = choose_quantization(config.quantization, settings.quantize)
     normalization = read_preprocess_config(folder, config).normalization
     limits = _limits(config, settings, device)
     kernels = choose_kernels(settings, config, device, dtype)
@@ -68,7 +70,13 @@ def load_engine(folder: Path, settings: Settings, progress: Progress) -> tuple[E
         progress("loading weights", 0.0)
         if settings.random:
             model = random_vlm(
-                config, normalization, dtype=dtype, device=device, seed=settings.random_seed, kernels=kernels
+                config,
+                normalization,
+                dtype=dtype,
+                device=device,
+                seed=settings.random_seed,
+                quantize=quantization,
+                kernels=kernels,
             )
         else:
             model = load_vlm(
@@ -77,6 +85,7 @@ def load_engine(folder: Path, settings: Settings, progress: Progress) -> tuple[E
                 normalization,
                 dtype=dtype,
                 device=device,
+                quantize=settings.quantize,
                 kernels=kernels,
                 progress=lambda share: progress("loading weights", share),
             )
@@ -86,13 +95,14 @@ def load_engine(folder: Path, settings: Settings, progress: Progress) -> tuple[E
         engine = assemble(model, engine_config, device=device, dtype=dtype, threads=threads)
     except torch.OutOfMemoryError as error:
         raise SettingsError(
-            f"The weights in {str(dtype).removeprefix('torch.')} and one full step don't fit {_device_name(device)}. "
+            f"The weights in {_precision(dtype, quantization)} and one full step don't fit {_device_name(device)}. "
             "Run 'sightline doctor' with this folder to see what would; --max-step-tokens lowers what a step needs."
         ) from error
     weights = [*model.parameters(), *model.buffers()]
     info = EngineInfo(
         device=_device_name(device),
         dtype=str(dtype).removeprefix("torch."),
+        quantization=quantization,
         parameters=count_parameters(config).total,
         weight_bytes=sum(tensor.nbytes for tensor in weights),
         num_blocks=engine_config.num_blocks,
@@ -104,7 +114,7 @@ def load_engine(folder: Path, settings: Settings, progress: Progress) -> tuple[E
         "%s on %s in %s: cache of %d tokens in %d blocks, context %d",
         config.architecture,
         info.device,
-        info.dtype,
+        _precision(dtype, quantization),
         info.kv_tokens,
         info.num_blocks,
         info.max_model_len,
@@ -188,6 +198,11 @@ def choose_kernels(settings: Settings, config: VlmConfig, device: torch.device, 
         return choose(settings.kernels, workload)
     except FusedRefusedError as error:
         raise SettingsError(f"--kernels fused: {error}. Use --kernels auto.") from error
+
+
+def _precision(dtype: torch.dtype, quantization: Quantization) -> str:
+    name = str(dtype).removeprefix("torch.")
+    return name if quantization == "none" else f"{quantization} and {name}"
 
 
 def _device_name(device: torch.device) -> str:

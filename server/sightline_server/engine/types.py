@@ -148,6 +148,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Such as ``cuda:0 (NVIDIA H200)`` or ``cpu (2 threads)``."""
     dtype: str
     quantization: str = "none"
+    """How the linear layers' weights are kept: none, int8 or nf4. ``dtype`` is that of everything else."""
     parameters: int
     weight_bytes: int
     num_blocks: int
