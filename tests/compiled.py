@@ -27,6 +27,8 @@ _POINTERS = {
     torch.float16: "*fp16",
     torch.int64: "*i64",
     torch.int32: "*i32",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
 }
 
 
@@ -77,6 +79,20 @@ def compile_for(launch: Launch, capability: int, *, aligned: bool = True) -> Com
     return Compiled(told, int(stack[1]), made.metadata.shared)
 
 
+def instructions_a_weight(compiled: Compiled, launch: Launch, weights: int) -> float:
+    """Instructions of all threads for one weight, in the loop that multiplies ``weights`` of them a turn."""
+    lines = [(int(at, 16), line) for at, line in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", compiled.sass)]
+    loops = []
+    for at, line in lines:
+        back = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", line)
+        if back and int(back[1], 16) < at:
+            body = [each for where, each in lines if int(back[1], 16) <= where <= at]
+            if any(re.search(r"\bH?G?MMA\b", each) for each in body):
+                loops.append(len(body))
+    assert loops, "no loop with a matrix instruction"
+    return max(loops) * 32 * launch.num_warps / weights
+
+
 def faults(compiled: Compiled, capability: int, *, wide_loads: int = 0) -> list[str]:
     """What is wrong with the machine code: registers spilled to memory, too much shared memory, narrow accesses.
 
@@ -91,8 +107,8 @@ def faults(compiled: Compiled, capability: int, *, wide_loads: int = 0) -> list[
         if compiled.wide_loads < wide_loads:
             found.append(f"{compiled.wide_loads} 128-bit loads, {wide_loads} are wanted")
         return found
-    for kind, instruction in (("loads", "LDG"), ("stores", "STG")):
-        if not re.search(rf"\b{instruction}\.E\.(\w+\.)*128\b", compiled.sass):
+    for kind, instruction in (("loads", "LDG|LDGSTS"), ("stores", "STG")):
+        if not re.search(rf"\b({instruction})\.E\.(\w+\.)*128\b", compiled.sass):
             found.append(f"no 128-bit {kind}")
     if re.search(r"\b(LDG|STG)\.E\.(\w+\.)*[US]?(8|16)\b", compiled.sass):
         found.append("numbers loaded or stored one by one")

@@ -14,7 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sightline_kernels.int8_linear.reference import int8_linear
 from sightline_kernels.layout import PagedLayout
+from sightline_kernels.nf4_linear.reference import nf4_linear
 from sightline_kernels.paged_attention.reference import paged_attention
 from sightline_kernels.rms_norm.reference import add_rms_norm
 from sightline_kernels.rotary_store_kv.reference import rotary_store_kv
@@ -41,9 +43,12 @@ class Kernels:
     store_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
     rotary_store_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     paged_attention: Callable[[Tensor, Tensor, Tensor, PagedLayout, float], Tensor]
+    int8_linear: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    nf4_linear: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, int], Tensor]
+    """Of blocks of 64; others are the reference's."""
 
 
-REFERENCES = Kernels(add_rms_norm, silu_mul, store_kv, rotary_store_kv, paged_attention)
+REFERENCES = Kernels(add_rms_norm, silu_mul, store_kv, rotary_store_kv, paged_attention, int8_linear, nf4_linear)
 OPERATIONS = tuple(field.name for field in fields(Kernels))
 
 
@@ -62,6 +67,8 @@ class Workload:
     head_dim: int
     row_invariant: bool
     """Whether steps will have to be row-invariant (``--deterministic``)."""
+    quantization: Literal["none", "int8", "nf4"] = "none"
+    """How the weights of its linears are kept."""
     can_build: bool = True
     """Whether the machine has what Triton builds with; see ``can_build_launchers``."""
 
@@ -144,7 +151,9 @@ def _refusal_of_all(workload: Workload) -> str | None:
 
 def _twins(workload: Workload) -> tuple[Kernels, dict[str, str]]:
     """The twins, and what those that refuse say. Triton is imported here and no earlier: a CPU has no use for it."""
+    from sightline_kernels.int8_linear import fused as int8
     from sightline_kernels.launch import is_interpreting
+    from sightline_kernels.nf4_linear import fused as nf4
     from sightline_kernels.paged_attention import fused as attention
     from sightline_kernels.rms_norm import fused as rms_norm
     from sightline_kernels.rotary_store_kv import fused as rotary
@@ -152,8 +161,15 @@ def _twins(workload: Workload) -> tuple[Kernels, dict[str, str]]:
     from sightline_kernels.store_kv import fused as store
 
     twins = Kernels(
-        rms_norm.add_rms_norm, silu.silu_mul, store.store_kv, rotary.rotary_store_kv, attention.paged_attention
+        rms_norm.add_rms_norm,
+        silu.silu_mul,
+        store.store_kv,
+        rotary.rotary_store_kv,
+        attention.paged_attention,
+        int8.int8_linear,
+        nf4.nf4_linear,
     )
+    widths = (workload.hidden_size, workload.num_heads * workload.head_dim, workload.intermediate_size)
     said = {
         "add_rms_norm": rms_norm.refusal(workload.hidden_size),
         "silu_mul": silu.refusal(workload.intermediate_size),
@@ -161,6 +177,11 @@ def _twins(workload: Workload) -> tuple[Kernels, dict[str, str]]:
         "rotary_store_kv": rotary.refusal(workload.head_dim),
         "paged_attention": attention.refusal(workload.num_heads, workload.num_kv_heads, workload.head_dim),
     }
+    # Of the linears only those that the model has can be in the way.
+    if workload.quantization == "int8":
+        said["int8_linear"] = next(filter(None, map(int8.refusal, widths)), None)
+    if workload.quantization == "nf4":
+        said["nf4_linear"] = next(filter(None, map(nf4.refusal, widths)), None)
     if workload.device.type == "cpu" and not is_interpreting():
-        said = dict.fromkeys(said, "Triton runs on CUDA GPUs, and this is a CPU")
+        said = dict.fromkeys(OPERATIONS, "Triton runs on CUDA GPUs, and this is a CPU")
     return twins, {operation: reason for operation, reason in said.items() if reason is not None}

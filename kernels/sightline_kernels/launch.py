@@ -24,16 +24,18 @@ class Launch:
     grid: tuple[int, ...]
     arguments: Mapping[str, Any]
     """Tensors and numbers, by the kernel's parameter names."""
-    constants: Mapping[str, int | bool]
+    constants: Mapping[str, int | bool | str]
     """What a kernel is compiled for: nothing here changes from step to step, or each step would compile anew."""
     num_warps: int
+    num_stages: int = 2
+    """Turns of a loop that are on their way at once: more hide more of the memory's delay, and small cards have no room
+    for many."""
 
     @property
     def options(self) -> dict[str, Any]:
         """What the compiler is told beside arguments and constants."""
-        # Keys of one turn of a loop are fetched during the turn before; for more, small cards have no room. Fusion is
-        # said outright, since Triton's default for it is about to change.
-        return {"num_warps": self.num_warps, "num_stages": 2, "enable_fp_fusion": True}
+        # Fusion is said outright, since Triton's default for it is about to change.
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
     def run(self) -> None:
         """Launch on the current device and stream; with nothing to do, do nothing."""

@@ -5,6 +5,7 @@ Suffixes: T packed tokens, W model width, D head dim, S sampled rows, V vocabula
 """
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +61,12 @@ class Decoder(nn.Module):
 
 
 def kernel_workload(
-    config: DecoderConfig, *, dtype: torch.dtype, device: torch.device, row_invariant: bool = False
+    config: DecoderConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    row_invariant: bool = False,
+    quantization: Literal["none", "int8", "nf4"] = "none",
 ) -> Workload:
     """What a decoder of this shape will ask of its kernels."""
     return Workload(
@@ -73,6 +79,7 @@ def kernel_workload(
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         row_invariant=row_invariant,
+        quantization=quantization,
         can_build=can_build_launchers(),
     )
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sightline_kernels.dispatch import REFERENCES, Kernels
 from sightline_kernels.int8_linear import reference as int8
 from sightline_kernels.nf4_linear import reference as nf4
 from sightline_models.layers import Linear
@@ -49,15 +50,16 @@ class Int8Linear(nn.Module):
     codes_OI: Tensor
     absmax_O: Tensor
 
-    def __init__(self, weight: Int8Weight, bias: nn.Parameter | None) -> None:
+    def __init__(self, weight: Int8Weight, bias: nn.Parameter | None, kernels: Kernels) -> None:
         super().__init__()
+        self.kernels = kernels
         self.out_features, self.in_features = weight.codes_OI.shape
         self.register_buffer("codes_OI", weight.codes_OI)
         self.register_buffer("absmax_O", weight.absmax_O)
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return int8.int8_linear(x, self.codes_OI, self.absmax_O, self.bias)
+        return self.kernels.int8_linear(x, self.codes_OI, self.absmax_O, self.bias)
 
 
 class Nf4Linear(nn.Module):
@@ -67,8 +69,9 @@ class Nf4Linear(nn.Module):
     absmax_K: Tensor
     pairs_P2: Tensor
 
-    def __init__(self, weight: Nf4Weight, bias: nn.Parameter | None) -> None:
+    def __init__(self, weight: Nf4Weight, bias: nn.Parameter | None, kernels: Kernels) -> None:
         super().__init__()
+        self.kernels = kernels
         self.out_features, self.in_features = weight.shape
         self.block_size = weight.block_size
         self.register_buffer("packed_Q", weight.packed_Q)
@@ -77,9 +80,10 @@ class Nf4Linear(nn.Module):
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return nf4.nf4_linear(
-            x, self.packed_Q, self.absmax_K, self.pairs_P2, self.bias, self.out_features, self.block_size
-        )
+        weight = self.packed_Q, self.absmax_K, self.pairs_P2
+        if self.block_size != nf4.BLOCK_SIZE:
+            return nf4.nf4_linear(x, *weight, self.bias, self.out_features, self.block_size)
+        return self.kernels.nf4_linear(x, *weight, self.bias, self.out_features)
 
 
 class SideBySide(nn.Module):
@@ -95,19 +99,21 @@ class SideBySide(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def make_linear(parts: Sequence[QuantizedWeight | Tensor], bias: nn.Parameter | None) -> nn.Module:
+def make_linear(
+    parts: Sequence[QuantizedWeight | Tensor], bias: nn.Parameter | None, kernels: Kernels = REFERENCES
+) -> nn.Module:
     """One layer whose weight is ``parts``, rows after one another; nothing is quantized a second time."""
     if all(isinstance(part, Int8Weight) for part in parts):
         joined = [part for part in parts if isinstance(part, Int8Weight)]
         codes_OI = _joined([part.codes_OI for part in joined])
-        return Int8Linear(Int8Weight(codes_OI, _joined([part.absmax_O for part in joined])), bias)
+        return Int8Linear(Int8Weight(codes_OI, _joined([part.absmax_O for part in joined])), bias, kernels)
     blocks = [part for part in parts if isinstance(part, Nf4Weight)]
     if len(blocks) == len(parts) and _share_blocks(blocks):
         first = blocks[0]
         shape = (sum(part.shape[0] for part in blocks), first.shape[1])
         packed_Q, absmax_K = _joined([part.packed_Q for part in blocks]), _joined([part.absmax_K for part in blocks])
-        return Nf4Linear(Nf4Weight(packed_Q, absmax_K, shape, first.block_size), bias)
-    return SideBySide([_make_part(part) for part in parts], bias)
+        return Nf4Linear(Nf4Weight(packed_Q, absmax_K, shape, first.block_size), bias, kernels)
+    return SideBySide([_make_part(part, kernels) for part in parts], bias)
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
@@ -122,11 +128,11 @@ def _share_blocks(weights: Sequence[Nf4Weight]) -> bool:
     )
 
 
-def _make_part(part: QuantizedWeight | Tensor) -> nn.Module:
+def _make_part(part: QuantizedWeight | Tensor, kernels: Kernels) -> nn.Module:
     if isinstance(part, Int8Weight):
-        return Int8Linear(part, None)
+        return Int8Linear(part, None, kernels)
     if isinstance(part, Nf4Weight):
-        return Nf4Linear(part, None)
+        return Nf4Linear(part, None, kernels)
     with torch.device("meta"):
         linear = Linear(part.shape[1], part.shape[0], bias=False)
     linear.weight = nn.Parameter(part, requires_grad=False)

@@ -208,21 +208,21 @@ def _take(
     device: torch.device,
 ) -> QuantizedWeight | Tensor:
     """One matrix of a quantized layer, on the device: quantized now, taken as it is, or kept in full precision."""
-    moved = {ending: tensor.to(device) for ending, tensor in tensors.items()}
-    weight = moved["weight"]
     rows, columns = shape
     try:
-        if scheme is not None and len(moved) > 1:
-            return scheme.read(moved, (rows, columns))
+        if scheme is not None and len(tensors) > 1:
+            # Copies, here and below, even on the CPU: what was read is a view of the file.
+            copies = {ending: tensor.to(device, copy=True) for ending, tensor in tensors.items()}
+            return scheme.read(copies, (rows, columns))
         if scheme is not None:
+            weight = tensors["weight"].to(device)
             _check_finite(weight, entry, weight.dtype)
             return scheme.quantize(weight)
     except ValueError as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{entry.file}: {entry.name} {error}") from error
-    # A copy in any case: what was read is a view of the file.
-    kept = weight.to(dtype, copy=True)
+    kept = tensors["weight"].to(device, dtype, copy=True)
     _check_finite(kept, entry, dtype)
     return kept
 
@@ -239,7 +239,7 @@ def _check_finite(tensor: Tensor, entry: TensorEntry, dtype: torch.dtype) -> Non
 def _replace(vlm: Vlm, linear: Linear, parts: Sequence[QuantizedWeight | Tensor]) -> None:
     """Put a layer made of ``parts`` where ``linear`` stood without a weight."""
     name = next(name for name, module in vlm.named_modules() if module is linear)
-    vlm.set_submodule(name, make_linear(parts, linear.bias).eval())
+    vlm.set_submodule(name, make_linear(parts, linear.bias, vlm.decoder.kernels).eval())
 
 
 def _match(

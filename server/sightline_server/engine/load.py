@@ -65,7 +65,7 @@ def load_engine(folder: Path, settings: Settings, progress: Progress) -> tuple[E
     quantization = choose_quantization(config.quantization, settings.quantize)
     normalization = read_preprocess_config(folder, config).normalization
     limits = _limits(config, settings, device)
-    kernels = choose_kernels(settings, config, device, dtype)
+    kernels = choose_kernels(settings, config, device, dtype, quantization)
     try:
         progress("loading weights", 0.0)
         if settings.random:
@@ -189,9 +189,13 @@ def choose_dtype(name: str, config: VlmConfig, device: torch.device) -> torch.dt
     return dtype
 
 
-def choose_kernels(settings: Settings, config: VlmConfig, device: torch.device, dtype: torch.dtype) -> Kernels:
+def choose_kernels(
+    settings: Settings, config: VlmConfig, device: torch.device, dtype: torch.dtype, quantization: Quantization
+) -> Kernels:
     """What ``--kernels`` stands for here; why, operation by operation, goes to the log."""
-    workload = kernel_workload(config.decoder, dtype=dtype, device=device, row_invariant=settings.deterministic)
+    workload = kernel_workload(
+        config.decoder, dtype=dtype, device=device, row_invariant=settings.deterministic, quantization=quantization
+    )
     try:
         for choice in explain(settings.kernels, workload):
             log.debug("%s: %s (%s)", choice.operation, "fused" if choice.fused else "reference", choice.reason)

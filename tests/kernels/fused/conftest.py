@@ -1,5 +1,5 @@
-"""Mends Triton's interpreter, which cuts float32 off to bfloat16 where a GPU rounds to nearest even, and multiplies
-bfloat16 matrices by their bit patterns."""
+"""Mends Triton's interpreter, which cuts float32 off to bfloat16 where a GPU rounds to nearest even, takes whole
+numbers for bfloat16's bits, and multiplies bfloat16 matrices by their bit patterns."""
 
 import os
 from typing import Any
@@ -18,9 +18,10 @@ def _mended_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     true_cast = InterpreterBuilder.cast_impl
 
     def cast(self: Any, source: Any, kind: Any) -> Any:
-        if source.dtype.scalar != tl.float32 or kind.scalar != tl.bfloat16:
+        known = source.dtype.scalar == tl.float32 or source.dtype.scalar.is_int()
+        if not known or kind.scalar != tl.bfloat16:
             return true_cast(self, source, kind)
-        bits = np.ascontiguousarray(source.data).view(np.uint32)
+        bits = np.ascontiguousarray(source.data.astype(np.float32)).view(np.uint32)
         rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
         kept = np.where(np.isnan(source.data), bits >> 16 | 0x40, rounded).astype(np.uint16)
         return TensorHandle(kept, kind.scalar)

@@ -10,9 +10,10 @@ import pytest
 
 
 @pytest.mark.timeout(600)
-def test_twins_equal_their_references(repository: Path) -> None:
+@pytest.mark.parametrize("file", ["test_twins.py", "test_quantized_twins.py"])
+def test_twins_equal_their_references(repository: Path, file: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "tests/kernels/fused/test_twins.py", "-q", "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", f"tests/kernels/fused/{file}", "-q", "-p", "no:cacheprovider"],
         cwd=repository,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         stdout=subprocess.PIPE,

@@ -1,0 +1,121 @@
+"""Linear layers over NF4 weights for few rows of input, in Triton; many rows dequantize first.
+
+As ``int8_linear/fused.py``: weights on the left, the input width split among programs. A byte is two weights, and a
+table of 256 pairs, which stays in the first-level cache, turns it into both with one load: fewer instructions than
+choosing one number in sixteen twice, and about as many from old versions of Triton as from new ones. A block's scale
+meets its sum, not its weights: one multiplication for 64 weights.
+Suffixes: I input width, O output width, R rows of input, S parts of the input width, Q packed bytes, K blocks,
+P values of a byte.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sightline_kernels.int8_linear.fused import LEAST_ROWS, MOST_ROWS, plan_sum, precision_of, split_count
+from sightline_kernels.launch import Launch, block_of
+from sightline_kernels.nf4_linear.reference import BLOCK_SIZE, dequantize
+
+OUTPUTS = 128
+"""Outputs of one program."""
+
+
+def refusal(in_features: int) -> str | None:
+    """Why weights of this width can't be multiplied here, or None."""
+    if in_features % BLOCK_SIZE:
+        return f"an input width of {in_features} is no multiple of {BLOCK_SIZE}, so blocks run over rows' ends"
+    return None
+
+
+def nf4_linear(
+    x_I: Tensor,
+    packed_Q: Tensor,
+    absmax_K: Tensor,
+    pairs_P2: Tensor,
+    bias_O: Tensor | None,
+    out_features: int,
+) -> Tensor:
+    """The twin of ``reference.nf4_linear`` for blocks of 64."""
+    in_features = x_I.shape[-1]
+    x_RI = x_I.reshape(-1, in_features)
+    if x_RI.shape[0] > MOST_ROWS:
+        shape = (out_features, in_features)
+        return F.linear(x_I, dequantize(packed_Q, absmax_K, pairs_P2, shape, x_I.dtype), bias_O)
+    parts = split_count(out_features, in_features, OUTPUTS, BLOCK_SIZE)
+    part_SRO = torch.empty(parts, x_RI.shape[0], out_features, dtype=torch.float32, device=x_I.device)
+    y_RO = torch.empty(part_SRO.shape[1:], dtype=x_I.dtype, device=x_I.device)
+    plan(x_RI, packed_Q, absmax_K, pairs_P2, part_SRO).run()
+    plan_sum(part_SRO, bias_O, y_RO).run()
+    return y_RO.view(*x_I.shape[:-1], out_features)
+
+
+def plan(x_RI: Tensor, packed_Q: Tensor, absmax_K: Tensor, pairs_P2: Tensor, part_SRO: Tensor) -> Launch:
+    """The launch that fills ``part_SRO``, whose sum over S is the product without its bias."""
+    parts, rows, out_features = part_SRO.shape
+    in_features = x_RI.shape[1]
+    # Two float32 numbers move as one of 64 bits.
+    pairs_P = pairs_P2.view(torch.int64).view(-1)
+    return Launch(
+        _nf4_linear,
+        (-(-out_features // OUTPUTS) if rows else 0, parts),
+        {
+            "x_ptr": x_RI.contiguous(), "packed_ptr": packed_Q, "absmax_ptr": absmax_K, "pairs_ptr": pairs_P,
+            "part_ptr": part_SRO, "rows": rows,
+        },
+        {
+            "OUT": out_features, "IN": in_features, "TURNS": -(-in_features // (BLOCK_SIZE * parts)),
+            "ROWS": max(LEAST_ROWS, block_of(rows)), "OUTPUTS": OUTPUTS, "BLOCK_SIZE": BLOCK_SIZE,
+            "PRECISION": precision_of(x_RI.dtype),
+        },
+        num_warps=4,
+        num_stages=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _nf4_linear(
+    x_ptr: "Any",
+    packed_ptr: "Any",
+    absmax_ptr: "Any",
+    pairs_ptr: "Any",
+    part_ptr: "Any",
+    rows: "Any",
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
+    TURNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    HALF: tl.constexpr = BLOCK_SIZE // 2
+    kind: tl.constexpr = x_ptr.dtype.element_ty
+    part = tl.program_id(1).to(tl.int64)
+    outputs = tl.program_id(0).to(tl.int64) * OUTPUTS + tl.arange(0, OUTPUTS)
+    row, halves, inputs = tl.arange(0, ROWS), tl.arange(0, HALF), tl.arange(0, BLOCK_SIZE)
+    block = part * TURNS
+    packed_ptrs = packed_ptr + outputs[:, None] * (IN // 2) + (block * HALF + halves)[None, :]
+    x_ptrs = x_ptr + row[:, None] * IN + (block * BLOCK_SIZE + inputs)[None, :]
+    absmax_ptrs = absmax_ptr + outputs * (IN // BLOCK_SIZE)
+    sums = tl.zeros((OUTPUTS, ROWS), tl.float32)
+    for turn in range(TURNS):
+        left = (IN // BLOCK_SIZE - block - turn) * BLOCK_SIZE
+        bytes = tl.load(packed_ptrs, mask=(outputs < OUT)[:, None] & (halves < left)[None, :], other=0)
+        x = tl.load(x_ptrs, mask=(row < rows)[:, None] & (inputs < left)[None, :], other=0.0)
+        even, odd = tl.split(tl.reshape(x, (ROWS, HALF, 2)))
+        pair = tl.load(pairs_ptr + bytes.to(tl.int32))
+        first = (pair & 0xFFFFFFFF).to(tl.uint32).to(tl.float32, bitcast=True).to(kind)
+        second = (pair >> 32).to(tl.uint32).to(tl.float32, bitcast=True).to(kind)
+        block_sums = tl.dot(first, tl.trans(even), input_precision=PRECISION)
+        block_sums = tl.dot(second, tl.trans(odd), block_sums, input_precision=PRECISION)
+        # Past the last block sums are zero, and any scale will do.
+        scale = tl.load(absmax_ptrs + tl.minimum(block + turn, IN // BLOCK_SIZE - 1), mask=outputs < OUT, other=0.0)
+        sums += block_sums * scale[:, None]
+        packed_ptrs += HALF
+        x_ptrs += BLOCK_SIZE
+    part_ptrs = part_ptr + (part * rows + row[None, :]) * OUT + outputs[:, None]
+    tl.store(part_ptrs, sums, mask=(outputs < OUT)[:, None] & (row < rows)[None, :])
