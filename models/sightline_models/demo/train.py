@@ -214,6 +214,8 @@ class _Trainer:
         )  # fmt: skip
         self.dtype = torch.bfloat16
         self.tower_learns = True
+        self._before = 0.0
+        """When this step began, on the monotonic clock."""
         self.tower_layer, self.decoder_layer = network.tower_layer, network.decoder_layer
         if plan.compile:
             self.tower_layer = torch.compile(self.tower_layer, dynamic=False)
