@@ -99,8 +99,9 @@ class Settings:
     )
     prefix_caching: bool = _row(True, "Reuse cached keys and values of equal prompt beginnings.", section="Engine")
     kernels: Literal["auto", "reference", "fused"] = _row(
-        "auto",
-        "Kernels in plain torch (reference), fused for a GPU (fused), or fused wherever they can be (auto).",
+        "reference",
+        "Kernels in plain torch (reference), fused for a GPU (fused), or fused wherever they can be (auto). Until the "
+        "fused ones have been run on a GPU, scripts/gpu_check says whether yours takes them.",
         section="Engine",
     )
     deterministic: bool = _row(
