@@ -104,6 +104,7 @@ def test_a_cache_larger_than_the_machine_is_refused_by_the_name_of_its_setting(t
 
 def test_fused_kernels_where_they_cannot_run_are_refused_by_the_settings_name(tiny: Vlm) -> None:
     cpu = torch.device("cpu")
-    assert load.choose_kernels(Settings(), tiny.config, cpu, torch.float32) is REFERENCES
+    for mode in ("auto", "reference"):
+        assert load.choose_kernels(Settings(kernels=mode), tiny.config, cpu, torch.float32, "int8") is REFERENCES
     with pytest.raises(SettingsError, match=r"^--kernels fused: .*this is a CPU\. Use --kernels auto\.$"):
-        load.choose_kernels(Settings(kernels="fused"), tiny.config, cpu, torch.float32)
+        load.choose_kernels(Settings(kernels="fused"), tiny.config, cpu, torch.float32, "none")
