@@ -5,7 +5,6 @@ Suffixes: T packed tokens, W model width, D head dim, S sampled rows, V vocabula
 """
 
 import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from sightline_kernels.layout import PagedLayout
 from sightline_models.config import DecoderConfig, RopeConfig
 from sightline_models.kv import KvPool
 from sightline_models.layers import DecoderLayer, Linear, RmsNormWeight
+from sightline_models.quantization_config import Quantization
 
 
 class Decoder(nn.Module):
@@ -66,7 +66,7 @@ def kernel_workload(
     dtype: torch.dtype,
     device: torch.device,
     row_invariant: bool = False,
-    quantization: Literal["none", "int8", "nf4"] = "none",
+    quantization: Quantization = "none",
 ) -> Workload:
     """What a decoder of this shape will ask of its kernels."""
     return Workload(
