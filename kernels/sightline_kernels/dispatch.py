@@ -20,6 +20,7 @@ from sightline_kernels.nf4_linear.reference import nf4_linear
 from sightline_kernels.paged_attention.reference import paged_attention
 from sightline_kernels.rms_norm.reference import add_rms_norm
 from sightline_kernels.rotary_store_kv.reference import rotary_store_kv
+from sightline_kernels.sample.reference import sample
 from sightline_kernels.silu_mul.reference import silu_mul
 from sightline_kernels.store_kv.reference import store_kv
 
@@ -46,9 +47,17 @@ class Kernels:
     int8_linear: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
     nf4_linear: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, int], Tensor]
     """Of blocks of 64; others are the reference's."""
+    sample: Callable[..., Tensor]
+
+    @property
+    def can_be_recorded(self) -> bool:
+        """Whether a step of decodes reads nothing of the layout but device tensors, so that it can be replayed."""
+        return self.paged_attention is not paged_attention
 
 
-REFERENCES = Kernels(add_rms_norm, silu_mul, store_kv, rotary_store_kv, paged_attention, int8_linear, nf4_linear)
+REFERENCES = Kernels(
+    add_rms_norm, silu_mul, store_kv, rotary_store_kv, paged_attention, int8_linear, nf4_linear, sample
+)
 OPERATIONS = tuple(field.name for field in fields(Kernels))
 
 
@@ -168,6 +177,7 @@ def _twins(workload: Workload) -> tuple[Kernels, dict[str, str]]:
         attention.paged_attention,
         int8.int8_linear,
         nf4.nf4_linear,
+        sample,
     )
     widths = (workload.hidden_size, workload.num_heads * workload.head_dim, workload.intermediate_size)
     said = {

@@ -104,6 +104,12 @@ class Settings:
         "fused ones have been run on a GPU, scripts/gpu_check says whether yours takes them.",
         section="Engine",
     )
+    overlap: bool = _row(True, "On a GPU, plan and launch a step while the one before it is running.", section="Engine")
+    cuda_graphs: bool = _row(
+        True,
+        "On a GPU, replay image encoding and, where the kernels are fused, decode steps from CUDA graphs.",
+        section="Engine",
+    )
     deterministic: bool = _row(
         False, "Make a request's bytes independent of what else runs, at a cost in speed.", section="Engine"
     )

@@ -59,8 +59,8 @@ class House:
             self.vision.put(key, Entry())
         self.scheduler.commit(plan)
         for piece in plan.slices:
-            if piece.start + piece.length == len(piece.sequence.token_ids):
-                piece.sequence.token_ids.append(1)
+            if piece.samples:
+                self.scheduler.record(piece.sequence, 1)
         self.scheduler.check()
         return plan
 
