@@ -46,7 +46,7 @@ def make_engine(model: Vlm, *, device: str = "cpu", **bounds: Any) -> Engine:
     dtype = next(model.parameters()).dtype
     threads = bounds.pop("threads", 1)
     config = EngineConfig(**values | bounds)
-    recorder = CallAgain() if config.graphs and device == "cpu" else None
+    recorder = CallAgain() if config.graphs and device != "cuda" else None
     return assemble(model, config, device=torch.device(device), dtype=dtype, threads=threads, recorder=recorder)
 
 

@@ -1,5 +1,6 @@
 """What holds on a CPU holds on a GPU: the same tests, the GPU's marked so."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from engines import CLIP, RECORDABLE, Album, make_engine, make_prompt, make_request, picture, run
 from torch.overrides import TorchFunctionMode
 
-from sightline_kernels.dispatch import choose
+from sightline_kernels.dispatch import REFERENCES, choose
 from sightline_models.config import read_config
 from sightline_models.decoder import kernel_workload
 from sightline_models.tiny import write_checkpoint
@@ -148,11 +149,20 @@ class NoWaiting(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def unread_attention(q_THD: torch.Tensor, *_: Any) -> torch.Tensor:
+    return torch.empty_like(q_THD)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("overlap", [False, True])
-def test_a_step_waits_for_its_tokens_alone(folder: Path, monkeypatch: pytest.MonkeyPatch, overlap: bool) -> None:
+def test_a_step_waits_for_its_tokens_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, overlap: bool, graphs: bool
+) -> None:
     """Shown on the meta device, whose tensors hold no values: all that would wait for one raises, but for this one."""
     with torch.device("meta"):
-        model = Vlm(read_config(folder), CLIP).to(torch.bfloat16)
+        # What attention reads of the layout on a GPU is its kernel's business; here any that can be recorded will do.
+        kernels = dataclasses.replace(REFERENCES, paged_attention=unread_attention) if graphs else REFERENCES
+        model = Vlm(read_config(folder), CLIP, kernels).to(torch.bfloat16)
     model.build_tables()
     waits = []
 
@@ -162,7 +172,7 @@ def test_a_step_waits_for_its_tokens_alone(folder: Path, monkeypatch: pytest.Mon
         return [9] * len(tokens)
 
     monkeypatch.setattr(torch.Tensor, "tolist", tolist)
-    album, engine = Album(), make_engine(model, device="meta", max_step_tokens=48, overlap=overlap)
+    album, engine = Album(), make_engine(model, device="meta", max_step_tokens=48, overlap=overlap, graphs=graphs)
     requests = [
         *mixed_requests(model, album),
         make_request("filtered", make_prompt(model, album, [7]), temperature=1.0, top_p=0.5, top_k=3, min_p=0.1),
@@ -173,3 +183,4 @@ def test_a_step_waits_for_its_tokens_alone(folder: Path, monkeypatch: pytest.Mon
         answers = run(engine, requests, album)
     assert {answer.reason for answer in answers.values()} == {FinishReason.LENGTH}
     assert 0 < len(waits) <= engine.stats().steps_total
+    assert (engine.stats().graph_steps_total > 0) == graphs
