@@ -85,6 +85,13 @@ class Settings:
     max_step_tokens: int = _row(
         0, "Most tokens computed in one step. 0: 2048 on a GPU, 512 on a CPU.", section="Engine", minimum=0
     )
+    mixed_step_tokens: int = _row(
+        0,
+        "Most prompt tokens in a step that also continues answers: fewer keep those even, more read prompts sooner. "
+        "0: 512 on a GPU, on a CPU no other bound than --max-step-tokens.",
+        section="Engine",
+        minimum=0,
+    )
     max_running: int = _row(256, "Most requests computed at once.", section="Engine", minimum=1)
     gpu_memory_utilization: float = _row(
         0.9,

@@ -250,6 +250,7 @@ def _limits(config: VlmConfig, settings: Settings, device: torch.device) -> Engi
         block_size=settings.block_size,
         max_model_len=settings.max_model_len or longest,
         max_step_tokens=max_step_tokens,
+        max_mixed_tokens=settings.mixed_step_tokens or (512 if device.type == "cuda" else max_step_tokens),
         # Every running request gets a token a step.
         max_running=min(settings.max_running, max_step_tokens),
         max_queue=settings.max_queue,

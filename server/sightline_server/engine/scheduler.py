@@ -85,6 +85,8 @@ class Scheduler:
                 and self._room_for_next_token(sequence, preempted)
             ):
                 planner.take(sequence)
+        if planner.slices:
+            planner.budget = min(planner.budget, self._config.max_mixed_tokens)
         for sequence in self.running:
             if sequence.num_uncomputed > 1 and planner.budget > 0:
                 planner.take(sequence)
