@@ -75,6 +75,11 @@ def add_parts(dtype: torch.dtype) -> Launch:
     return int8.plan_sum(torch.zeros(4, 2, 4096), y_RO[0].clone(), y_RO)
 
 
+def make_whole(dtype: torch.dtype, width: int = 11008) -> Launch:
+    codes = torch.zeros(8, width, dtype=torch.int8)
+    return int8.plan_dequantize(codes, torch.ones(8), torch.empty(8, width, dtype=dtype))
+
+
 LAUNCHES: dict[str, Callable[[torch.dtype], Launch]] = {
     "add_rms_norm": norm,
     "rms_norm": lambda dtype: norm(dtype, with_residual=False),
@@ -83,6 +88,7 @@ LAUNCHES: dict[str, Callable[[torch.dtype], Launch]] = {
     "rotary_store_kv": turn,
     "rotary_store_kv, heads of 96": lambda dtype: turn(dtype, 32, 32, 96),
     "store_kv": store,
+    "int8 weights made whole": make_whole,
 }
 ATTENTION: dict[str, Callable[[torch.dtype], Launch]] = {
     "decodes": lambda dtype: attend(0, dtype),

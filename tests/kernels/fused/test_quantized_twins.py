@@ -85,8 +85,9 @@ def test_leading_axes_and_no_rows(dtype: torch.dtype, device: str) -> None:
         assert run(x[:0]).shape == (0, 9)
 
 
-def test_many_rows_take_the_dequantized_product(dtype: torch.dtype, device: str) -> None:
-    x, weight, _ = inputs(int8.MOST_ROWS + 1, 4, 64, dtype, device)
+@pytest.mark.parametrize("width", [64, 4160])
+def test_many_rows_take_the_dequantized_product(width: int, dtype: torch.dtype, device: str) -> None:
+    x, weight, _ = inputs(int8.MOST_ROWS + 1, 4, width, dtype, device)
     codes, absmax = int8_reference.quantize(weight)
     assert torch.equal(int8.int8_linear(x, codes, absmax, None), int8_reference.int8_linear(x, codes, absmax, None))
     packed, scales = nf4_reference.quantize(weight)
