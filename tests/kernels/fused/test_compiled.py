@@ -17,6 +17,7 @@ from sightline_kernels.launch import Launch
 from sightline_kernels.nf4_linear import fused as nf4
 from sightline_kernels.nf4_linear.reference import byte_pairs
 from sightline_kernels.paged_attention import fused as attention
+from sightline_kernels.quick_gelu import fused as quick_gelu
 from sightline_kernels.rms_norm import fused as rms_norm
 from sightline_kernels.rotary_store_kv import fused as rotary_store_kv
 from sightline_kernels.silu_mul import fused as silu_mul
@@ -89,6 +90,7 @@ LAUNCHES: dict[str, Callable[[torch.dtype], Launch]] = {
     "rotary_store_kv, heads of 96": lambda dtype: turn(dtype, 32, 32, 96),
     "store_kv": store,
     "int8 weights made whole": make_whole,
+    "quick_gelu": lambda dtype: quick_gelu.plan(torch.zeros(3, 577, 4096, dtype=dtype), torch.zeros(1, dtype=dtype)),
 }
 ATTENTION: dict[str, Callable[[torch.dtype], Launch]] = {
     "decodes": lambda dtype: attend(0, dtype),
@@ -157,7 +159,7 @@ def test_narrow_loads_of_keys_are_found() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("name", ["add_rms_norm", "silu_mul", "rotary_store_kv", "store_kv"])
+@pytest.mark.parametrize("name", ["add_rms_norm", "silu_mul", "rotary_store_kv", "store_kv", "quick_gelu"])
 def test_other_precisions_too(name: str, dtype: torch.dtype) -> None:
     assert faults(compile_for(LAUNCHES[name](dtype), 80), 80) == []
 
