@@ -4,6 +4,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from oracle import load, reference_logits, save_random
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sightline_kernels.nf4_linear.reference import CompressedScales
 from sightline_models.config import CheckpointError, read_config
 from sightline_models.quantization_config import Quantization
 from sightline_models.quantize import Int8Linear, Nf4Linear, SideBySide
@@ -78,6 +80,56 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for scheme, kind in (("int8", "int8"), ("nf4", "nf4, double")):
             save_quantized(folder / "plain", folder / scheme, SAVED[kind])
     return folder
+
+# Every matrix of the decoder has whole groups of scales, so that fused ones keep theirs compressed.
+WHOLE_GROUPS = replace(
+    PLAIN,
+    text=PLAIN.text
+    | {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4},
+)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compressed_scales_stay_compressed(tmp_path: Path) -> None:
+    save_random(WHOLE_GROUPS, tmp_path / "plain")
+    theirs = save_quantized(tmp_path / "plain", tmp_path / "quantized", SAVED["nf4, double"])
+    vlm, cases = load(tmp_path / "quantized"), cases_of(theirs)
+    expected = [reference_logits(theirs, case) for case in cases]
+    assert largest_difference(our_logits(vlm, cases), expected) <= TOLERANCE
+    made = [module for module in vlm.decoder.modules() if isinstance(module, Nf4Linear)]
+    assert len(made) == 4 * 2
+    for linear in made:
+        scales, weights = linear.scales, linear.out_features * linear.in_features
+        assert isinstance(scales, CompressedScales)
+        kept = (scales.codes_K, scales.absmax_C, scales.offset_C)
+        assert linear.packed_Q.nbytes == weights // 2
+        assert sum(tensor.nbytes for tensor in kept) == weights // 64 + 2 * 4 * weights // (64 * 256)
+        assert not any(name == "absmax_K" for name, _ in linear.named_buffers())
+    qkv = vlm.decoder.layers[0].get_submodule("attention.qkv")
+    assert isinstance(qkv, Nf4Linear)
+    assert isinstance(qkv.scales, CompressedScales)
+    assert qkv.scales.offset_C.unique().numel() == 3, "three matrices have three means"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_scales_whose_groups_do_not_meet_are_made_whole(tmp_path: Path) -> None:
+    save_random(PLAIN, tmp_path / "plain")
+    save_quantized(tmp_path / "plain", tmp_path / "quantized", SAVED["nf4, double"])
+    layer = load(tmp_path / "quantized").decoder.layers[0]
+    qkv, o = layer.get_submodule("attention.qkv"), layer.get_submodule("attention.o")
+    assert isinstance(qkv, Nf4Linear)
+    assert isinstance(o, Nf4Linear)
+    assert isinstance(qkv.scales, Tensor)
+    assert isinstance(o.scales, CompressedScales)
+    weights = load_file(tmp_path / "quantized" / "model.safetensors")
+    whole = []
+    for name in ("q_proj", "k_proj", "v_proj"):
+        (base,) = [key for key in weights if key.endswith(f"layers.0.self_attn.{name}.weight") and "vision" not in key]
+        state = json.loads(bytes(weights[f"{base}.quant_state.bitsandbytes__nf4"].tolist()))
+        numbers = weights[f"{base}.nested_quant_map"][weights[f"{base}.absmax"].int()]
+        whole.append(numbers * weights[f"{base}.nested_absmax"] + torch.tensor(state["nested_offset"]))
+    assert torch.equal(qkv.scales, torch.cat(whole))
+
 
 
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])
@@ -151,6 +203,13 @@ DAMAGE: dict[str, tuple[Quantization, Callable[[dict[str, Tensor], str], object]
         "nf4",
         lambda w, n: w.update({f"{n}.weight": torch.zeros(5, 1, dtype=torch.uint8)}),
         "has 5 bytes instead of 3072",
+    ),
+    "large group": ("nf4", _state(lambda s: s.update(nested_blocksize=10**15)), "don't fit their nested_"),
+    "offset": ("nf4", _state(lambda s: s.update(nested_offset=10**400)), "don't fit their nested_"),
+    "wide codes": (
+        "nf4",
+        lambda w, n: w.update({f"{n}.weight.absmax": w[f"{n}.weight.absmax"].int()}),
+        "don't fit their nested_",
     ),
     "fp4": (
         "nf4",
