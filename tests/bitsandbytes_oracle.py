@@ -59,11 +59,13 @@ def dequantized(packed: Tensor, state: Any) -> Tensor:
     return found
 
 
-def quantize_decoder(model: LlavaForConditionalGeneration, scheme: Quantization) -> None:
+def quantize_linears(model: LlavaForConditionalGeneration, scheme: Quantization, *, vision: bool = False) -> None:
+    parts = [model.model.language_model.layers]
+    if vision:
+        parts += [model.model.vision_tower, model.model.multi_modal_projector]
     with torch.no_grad():
-        for name, module in model.model.language_model.named_modules():
+        for module in (module for part in parts for module in part.modules()):
             if isinstance(module, nn.Linear):
-                assert ".layers." in f".{name}"
                 module.weight.copy_(there_and_back(module.weight, scheme))
 
 

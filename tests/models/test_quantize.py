@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from bitsandbytes_oracle import SHAPES, TOLERANCE, cases_of, largest_difference, our_logits, quantize_decoder
+from bitsandbytes_oracle import SHAPES, TOLERANCE, cases_of, largest_difference, our_logits, quantize_linears
 from oracle import CLIP_NORMALIZATION, load, reference_logits, save_random
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -18,6 +18,7 @@ from transformers import LlavaForConditionalGeneration
 from sightline_kernels.int8_linear import reference as int8
 from sightline_kernels.nf4_linear import reference as nf4
 from sightline_models.config import CheckpointError, read_config
+from sightline_models.layers import Linear
 from sightline_models.quantization_config import Quantization
 from sightline_models.quantize import Int8Linear, Nf4Linear, SideBySide
 from sightline_models.tiny import write_checkpoint
@@ -42,7 +43,7 @@ def test_quantizing_at_load_gives_bitsandbytes_logits(shape: str, scheme: Quanti
     theirs = save_random(SHAPES[shape], tmp_path)
     cases = cases_of(theirs)
     unquantized = [reference_logits(theirs, case) for case in cases]
-    quantize_decoder(theirs, scheme)
+    quantize_linears(theirs, scheme)
     expected = [reference_logits(theirs, case) for case in cases]
     vlm = load(tmp_path, quantize=scheme)
     ours = our_logits(vlm, cases)
@@ -51,6 +52,28 @@ def test_quantizing_at_load_gives_bitsandbytes_logits(shape: str, scheme: Quanti
     kinds = {type(module) for module in vlm.decoder.modules()}
     assert {"int8": Int8Linear, "nf4": SideBySide if shape == "odd" else Nf4Linear}[scheme] in kinds
     assert not any(isinstance(module, Int8Linear | Nf4Linear) for module in (*vlm.vision.modules(), vlm.projector))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tower_and_projector_are_quantized_when_asked(shape: str, scheme: Quantization, tmp_path: Path) -> None:
+    theirs = save_random(SHAPES[shape], tmp_path)
+    cases = cases_of(theirs)
+    decoder_alone = LlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
+    quantize_linears(decoder_alone, scheme)
+    quantize_linears(theirs, scheme, vision=True)
+    expected = [reference_logits(theirs, case) for case in cases]
+    vlm = load(tmp_path, quantize=scheme, quantize_vision=True)
+    ours = our_logits(vlm, cases)
+    assert largest_difference(ours, expected) <= TOLERANCE
+    unlike = [reference_logits(decoder_alone, case) for case in cases]
+    assert largest_difference(ours[1:], unlike[1:]) > 100 * TOLERANCE, "pictures are encoded as without the setting"
+    left = {name for name, module in vlm.named_modules() if isinstance(module, Linear)}
+    assert left == {"vision.patch_embedding", "decoder.lm_head"}
+    random = random_vlm(
+        vlm.config, CLIP_NORMALIZATION, dtype=torch.float32, device=CPU, seed=1, quantize=scheme, quantize_vision=True
+    )
+    assert {name for name, module in random.named_modules() if isinstance(module, Linear)} == left
 
 
 def rescale_channels(model: LlavaForConditionalGeneration) -> None:
@@ -90,7 +113,7 @@ def test_outlier_channels_cost_no_more_than_they_cost_bitsandbytes(tmp_path: Pat
     assert largest_difference(our_logits(load(tmp_path / "outliers"), cases), exact) <= TOLERANCE
     for scheme in SCHEMES:
         twin = LlavaForConditionalGeneration.from_pretrained(tmp_path / "outliers").eval()
-        quantize_decoder(twin, scheme)
+        quantize_linears(twin, scheme)
         theirs = divergence([reference_logits(twin, case) for case in cases], exact)
         ours = divergence(our_logits(load(tmp_path / "outliers", quantize=scheme), cases), exact)
         assert theirs > 1e-6

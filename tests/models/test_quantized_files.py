@@ -42,44 +42,44 @@ def test_checkpoints_saved_by_transformers_load_as_they_lie(kind: str, shape: st
         options["llm_int8_skip_modules"] = [*options["llm_int8_skip_modules"], "lm_head"]
     theirs = save_quantized(tmp_path / "plain", tmp_path / "quantized", options)
     scheme: Quantization = "int8" if "int8" in kind else "nf4"
-    assert read_config(tmp_path / "quantized").quantization == scheme
+    config = read_config(tmp_path / "quantized")
+    assert (config.quantization, config.compressed_scales) == (scheme, "double" in kind)
     cases = cases_of(theirs)
     expected = [reference_logits(theirs, case) for case in cases]
     vlm = load(tmp_path / "quantized")
     assert largest_difference(our_logits(vlm, cases), expected) <= TOLERANCE
-    tower = [module for module in vlm.vision.modules() if isinstance(module, Int8Linear | Nf4Linear | SideBySide)]
-    assert bool(tower) == ("some" not in kind)
+    for part in (vlm.vision, vlm.projector):
+        quantized = [module for module in part.modules() if isinstance(module, Int8Linear | Nf4Linear | SideBySide)]
+        # "Some" leaves out the tower alone.
+        assert bool(quantized) == ("some" not in kind or part is vlm.projector)
     # Asked for by name, the same; asked for otherwise, refused.
     assert largest_difference(our_logits(load(tmp_path / "quantized", quantize=scheme), cases), expected) <= TOLERANCE
     other: Quantization = "nf4" if scheme == "int8" else "int8"
     with pytest.raises(CheckpointError, match=f"--quantize {other}.*already quantized, as {scheme}.*leave --quantize"):
         load(tmp_path / "quantized", quantize=other)
+    with pytest.raises(CheckpointError, match=f"--quantize-vision.*already quantized, as {scheme}.*leave --quantize-v"):
+        load(tmp_path / "quantized", quantize=scheme, quantize_vision=True)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_int8_made_here_has_the_bytes_that_transformers_saves(tmp_path: Path) -> None:
+@pytest.mark.parametrize("vision", [False, True], ids=["decoder", "tower too"])
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+def test_what_is_made_here_has_the_bytes_that_transformers_saves(
+    scheme: Quantization, vision: bool, tmp_path: Path
+) -> None:
     save_random(PLAIN, tmp_path / "plain")
-    options = SAVED["int8"] | {
-        "llm_int8_skip_modules": ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
-    }
-    save_quantized(tmp_path / "plain", tmp_path / "quantized", options)
-    made, saved = load(tmp_path / "plain", quantize="int8"), load(tmp_path / "quantized")
+    # Left to itself, transformers quantizes all but the head.
+    skipped = {"llm_int8_skip_modules": ["model.vision_tower", "model.multi_modal_projector", "lm_head"]}
+    save_quantized(tmp_path / "plain", tmp_path / "quantized", SAVED[scheme] | ({} if vision else skipped))
+    made = load(tmp_path / "plain", quantize=scheme, quantize_vision=vision)
+    saved = load(tmp_path / "quantized")
     ours, theirs = dict(made.named_buffers()), dict(saved.named_buffers())
     assert ours.keys() == theirs.keys()
-    assert sum(name.endswith("codes_OI") for name in ours) == 8
+    # Four layers of the decoder and of the tower have one matrix after fusing, and the projector has two.
+    codes = sum(name.endswith("codes_OI" if scheme == "int8" else "packed_Q") for name in ours)
+    assert codes == 4 * 2 + (4 * 2 + 2 if vision else 0)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """int8 and nf4 (its scales quantized too) as transformers saves them."""
-    folder = tmp_path_factory.mktemp("saved")
-    save_random(PLAIN, folder / "plain")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for scheme, kind in (("int8", "int8"), ("nf4", "nf4, double")):
-            save_quantized(folder / "plain", folder / scheme, SAVED[kind])
-    return folder
 
 # Every matrix of the decoder has whole groups of scales, so that fused ones keep theirs compressed.
 WHOLE_GROUPS = replace(
@@ -130,6 +130,17 @@ def test_scales_whose_groups_do_not_meet_are_made_whole(tmp_path: Path) -> None:
         whole.append(numbers * weights[f"{base}.nested_absmax"] + torch.tensor(state["nested_offset"]))
     assert torch.equal(qkv.scales, torch.cat(whole))
 
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """int8 and nf4 (its scales quantized too) as transformers saves them."""
+    folder = tmp_path_factory.mktemp("saved")
+    save_random(PLAIN, folder / "plain")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for scheme, kind in (("int8", "int8"), ("nf4", "nf4, double")):
+            save_quantized(folder / "plain", folder / scheme, SAVED[kind])
+    return folder
 
 
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])
@@ -193,6 +204,13 @@ DAMAGE: dict[str, tuple[Quantization, Callable[[dict[str, Tensor], str], object]
     "block size": ("nf4", _state(lambda s: s.update(blocksize=63)), "has blocksize 63"),
     "other blocks": ("nf4", _state(lambda s: s.update(blocksize=128)), "scales .absmax. that are not 48"),
     "group": ("nf4", _state(lambda s: s.update(nested_blocksize=0)), "don't fit their nested_"),
+    "large group": ("nf4", _state(lambda s: s.update(nested_blocksize=10**15)), "don't fit their nested_"),
+    "offset": ("nf4", _state(lambda s: s.update(nested_offset=10**400)), "don't fit their nested_"),
+    "wide codes": (
+        "nf4",
+        lambda w, n: w.update({f"{n}.weight.absmax": w[f"{n}.weight.absmax"].int()}),
+        "don't fit their nested_",
+    ),
     "no offset": ("nf4", _state(lambda s: s.pop("nested_offset")), "not all that nested_"),
     "other numbers": (
         "nf4",
@@ -203,13 +221,6 @@ DAMAGE: dict[str, tuple[Quantization, Callable[[dict[str, Tensor], str], object]
         "nf4",
         lambda w, n: w.update({f"{n}.weight": torch.zeros(5, 1, dtype=torch.uint8)}),
         "has 5 bytes instead of 3072",
-    ),
-    "large group": ("nf4", _state(lambda s: s.update(nested_blocksize=10**15)), "don't fit their nested_"),
-    "offset": ("nf4", _state(lambda s: s.update(nested_offset=10**400)), "don't fit their nested_"),
-    "wide codes": (
-        "nf4",
-        lambda w, n: w.update({f"{n}.weight.absmax": w[f"{n}.weight.absmax"].int()}),
-        "don't fit their nested_",
     ),
     "fp4": (
         "nf4",
