@@ -96,6 +96,23 @@ SAVED: dict[str, dict[str, Any]] = {
 }
 
 
+def with_their_layers(folder: Path, scheme: Quantization) -> LlavaForConditionalGeneration:
+    """transformers' model of ``folder`` with bitsandbytes' own layers in its decoder, activations in float32."""
+    options = SAVED[scheme] | {
+        "llm_int8_skip_modules": ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+    }
+    model = LlavaForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=BitsAndBytesConfig(**options), device_map={"": "cpu"}
+    ).eval()
+    layers = [module for module in model.modules() if isinstance(module, bnb_nn.Linear4bit | bnb_nn.Linear8bitLt)]
+    assert len(layers) == 7 * model.config.text_config.num_hidden_layers
+    for layer in layers:
+        if isinstance(layer, bnb_nn.Linear4bit):
+            # Where a CPU has bfloat16 it would multiply in that.
+            layer.support_avx512bf16_for_cpu = False
+    return model
+
+
 def save_quantized(source: Path, folder: Path, options: dict[str, Any]) -> LlavaForConditionalGeneration:
     """Have transformers quantize ``source`` and save it in ``folder``; return what bitsandbytes computes with."""
     quantized = LlavaForConditionalGeneration.from_pretrained(
