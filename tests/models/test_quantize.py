@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlavaForConditionalGeneration
 
+from sightline_kernels.dispatch import REFERENCES
 from sightline_kernels.int8_linear import reference as int8
 from sightline_kernels.nf4_linear import reference as nf4
 from sightline_models.config import CheckpointError, read_config
@@ -81,10 +82,21 @@ def test_tower_and_projector_are_quantized_when_asked(shape: str, scheme: Quanti
     assert largest_difference(ours[1:], unlike[1:]) > 100 * TOLERANCE, "pictures are encoded as without the setting"
     left = {name for name, module in vlm.named_modules() if isinstance(module, Linear)}
     assert left == {"vision.patch_embedding", "decoder.lm_head"}
+    chosen = replace(REFERENCES)
     random = random_vlm(
-        vlm.config, CLIP_NORMALIZATION, dtype=torch.float32, device=CPU, seed=1, quantize=scheme, quantize_vision=True
+        vlm.config,
+        CLIP_NORMALIZATION,
+        dtype=torch.float32,
+        device=CPU,
+        seed=1,
+        kernels=chosen,
+        quantize=scheme,
+        quantize_vision=True,
     )
     assert {name for name, module in random.named_modules() if isinstance(module, Linear)} == left
+    # What was chosen for the decoder's widths may not take the tower's.
+    made = {name: module for name, module in random.named_modules() if isinstance(module, Int8Linear | Nf4Linear)}
+    assert all((linear.kernels is chosen) == name.startswith("decoder.") for name, linear in made.items())
 
 
 def rescale_channels(model: LlavaForConditionalGeneration, factors: tuple[float, ...]) -> None:
