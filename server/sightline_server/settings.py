@@ -69,6 +69,9 @@ class Settings:
         "checkpoint is.",
         section="Model",
     )
+    quantize_vision: bool = _row(
+        False, "Quantize the vision tower and projector too; needs --quantize.", section="Model"
+    )
     max_model_len: int = _row(
         0, "Longest prompt plus answer, in tokens. 0: what the checkpoint allows.", section="Model", minimum=0
     )
@@ -273,6 +276,8 @@ def load(flags: Mapping[str, str | Sequence[str]], environ: Mapping[str, str] | 
 def _check_together(settings: Settings) -> None:
     if settings.model and settings.random:
         raise SettingsError("A model folder and --random exclude each other: give one.")
+    if settings.quantize_vision and settings.quantize == "none":
+        raise SettingsError("--quantize-vision needs a scheme: add --quantize int8 or --quantize nf4.")
     if settings.api_key_file and not Path(settings.api_key_file).is_file():
         raise SettingsError(f"--api-key-file {settings.api_key_file!r} is no readable file.")
     if settings.chat_template and not Path(settings.chat_template).is_file():

@@ -63,7 +63,7 @@ def load_engine(folder: Path, settings: Settings, progress: Progress) -> tuple[E
         torch.set_num_threads(threads)
     config = read_config(folder)
     dtype = choose_dtype(settings.dtype, config, device)
-    quantization = choose_quantization(config.quantization, settings.quantize)
+    quantization = choose_quantization(config.quantization, settings.quantize, vision=settings.quantize_vision)
     normalization = read_preprocess_config(folder, config).normalization
     limits = _limits(config, settings, device)
     kernels = choose_kernels(settings, config, device, dtype, quantization)
@@ -77,6 +77,7 @@ def load_engine(folder: Path, settings: Settings, progress: Progress) -> tuple[E
                 device=device,
                 seed=settings.random_seed,
                 quantize=quantization,
+                quantize_vision=settings.quantize_vision,
                 kernels=kernels,
             )
         else:
@@ -87,6 +88,7 @@ def load_engine(folder: Path, settings: Settings, progress: Progress) -> tuple[E
                 dtype=dtype,
                 device=device,
                 quantize=settings.quantize,
+                quantize_vision=settings.quantize_vision,
                 kernels=kernels,
                 progress=lambda share: progress("loading weights", share),
             )

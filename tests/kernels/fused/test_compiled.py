@@ -4,6 +4,7 @@ Needs no GPU. Proves what the compiler made, not how fast it is. Planted faults 
 """
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ from twins import make_attention, make_heads, noise
 from sightline_kernels.int8_linear import fused as int8
 from sightline_kernels.launch import Launch
 from sightline_kernels.nf4_linear import fused as nf4
-from sightline_kernels.nf4_linear.reference import byte_pairs
+from sightline_kernels.nf4_linear.reference import CompressedScales, Scales, byte_pairs
 from sightline_kernels.paged_attention import fused as attention
 from sightline_kernels.quick_gelu import fused as quick_gelu
 from sightline_kernels.rms_norm import fused as rms_norm
@@ -67,8 +68,12 @@ def multiply(scheme: str, rows: int, dtype: torch.dtype = torch.bfloat16) -> Lau
     part_SRO = torch.zeros(parts, rows, width)
     if scheme == "int8":
         return int8.plan(x, torch.zeros(width, width, dtype=torch.int8), torch.zeros(width), part_SRO)
-    packed, absmax = torch.zeros(width * width // 2, dtype=torch.uint8), torch.zeros(width * width // 64)
-    return nf4.plan(x, packed, absmax, byte_pairs(x.device), part_SRO)
+    packed, blocks = torch.zeros(width * width // 2, dtype=torch.uint8), width * width // 64
+    scales: Scales = torch.zeros(blocks)
+    if scheme == "nf4, double":
+        groups = torch.zeros(blocks // 256)
+        scales = CompressedScales(torch.zeros(blocks, dtype=torch.uint8), torch.zeros(256), groups, groups, 256)
+    return nf4.plan(x, packed, scales, byte_pairs(x.device), part_SRO)
 
 
 def add_parts(dtype: torch.dtype) -> Launch:
@@ -125,13 +130,27 @@ def test_attention_loads_keys_and_values_wide_and_fits(name: str, capability: in
     assert faults(made, capability, wide_loads=loads_of_keys(launch, torch.bfloat16)) == []
 
 
-@pytest.mark.parametrize(("scheme", "weights", "budget"), [("int8", 64 * 128, 9.0), ("nf4", 128 * 64, 6.6)])
+@pytest.mark.parametrize(
+    ("scheme", "weights", "budget"), [("int8", 64 * 128, 9.0), ("nf4", 128 * 64, 6.6), ("nf4, double", 128 * 64, 6.6)]
+)
 @pytest.mark.parametrize("rows", [2, 16])
 def test_a_weight_takes_few_instructions_on_hopper(scheme: str, weights: int, budget: float, rows: int) -> None:
     """Reading weights at the memory's speed leaves an H200 6.9 thread instructions for one of int8 and 3.9 for one of
     NF4; the budgets are these over the shares of that speed that are aimed for."""
     launch = multiply(scheme, rows)
     assert instructions_a_weight(compile_for(launch, 90), launch, weights) <= budget
+
+
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+def test_compressed_scales_round_twice_and_cost_float32_ones_nothing(capability: int) -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        made = compile_for(multiply("nf4, double", 16, dtype), capability)
+        # Tables are read in narrow loads; packed weights are the wide ones.
+        assert faults(made, capability, wide_loads=1) == []
+        # Product and sum of a scale; in one instruction they would round once.
+        assert re.search(r"\bFADD\b", made.sass)
+    plain = compile_for(multiply("nf4", 16), capability)
+    assert not re.search(r"\bFADD\b", plain.sass), "scales in float32 are made whole again"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
