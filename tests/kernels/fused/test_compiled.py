@@ -86,6 +86,17 @@ def make_whole(dtype: torch.dtype, width: int = 11008) -> Launch:
     return int8.plan_dequantize(codes, torch.ones(8), torch.empty(8, width, dtype=dtype))
 
 
+def make_nf4_whole(dtype: torch.dtype, group: int = 0) -> Launch:
+    weight_OI = torch.empty(8, 11008, dtype=dtype)
+    blocks = weight_OI.numel() // 64
+    scales: Scales = torch.ones(blocks)
+    if group:
+        sizes = torch.ones(-(-blocks // group))
+        scales = CompressedScales(torch.zeros(blocks, dtype=torch.uint8), torch.zeros(256), sizes, sizes, group)
+    packed = torch.zeros(weight_OI.numel() // 2, dtype=torch.uint8)
+    return nf4.plan_dequantize(packed, scales, byte_pairs(packed.device), weight_OI)
+
+
 LAUNCHES: dict[str, Callable[[torch.dtype], Launch]] = {
     "add_rms_norm": norm,
     "rms_norm": lambda dtype: norm(dtype, with_residual=False),
@@ -96,6 +107,10 @@ LAUNCHES: dict[str, Callable[[torch.dtype], Launch]] = {
     "store_kv": store,
     "int8 weights made whole": make_whole,
     "quick_gelu": lambda dtype: quick_gelu.plan(torch.zeros(3, 577, 4096, dtype=dtype), torch.zeros(1, dtype=dtype)),
+}
+NF4_WHOLE: dict[str, Callable[[torch.dtype], Launch]] = {
+    "float32 scales": make_nf4_whole,
+    "compressed scales": lambda dtype: make_nf4_whole(dtype, 256),
 }
 ATTENTION: dict[str, Callable[[torch.dtype], Launch]] = {
     "decodes": lambda dtype: attend(0, dtype),
@@ -114,6 +129,15 @@ OTHER_HEADS: dict[str, Callable[[torch.dtype], Launch]] = {
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_machine_code_is_free_of_faults(name: str, capability: int) -> None:
     assert faults(compile_for(LAUNCHES[name](torch.bfloat16), capability), capability) == []
+
+
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+@pytest.mark.parametrize("name", NF4_WHOLE)
+def test_nf4_weights_are_made_whole_in_wide_strides(name: str, capability: int) -> None:
+    # Scales and the numbers that bytes stand for are looked up one by one; what is streamed isn't.
+    made = compile_for(NF4_WHOLE[name](torch.bfloat16), capability)
+    assert faults(made, capability, wide_loads=1) == []
+    assert re.search(r"\bSTG\.E\.(\w+\.)*128\b", made.sass)
 
 
 def loads_of_keys(launch: Launch, dtype: torch.dtype) -> int:

@@ -131,6 +131,6 @@ def test_many_rows_take_the_dequantized_product(width: int, dtype: torch.dtype, 
     assert torch.equal(int8.int8_linear(x, codes, absmax, None), int8_reference.int8_linear(x, codes, absmax, None))
     packed, scales = nf4_reference.quantize(weight)
     pairs = nf4_reference.byte_pairs(weight.device)
-    assert torch.equal(
-        nf4.nf4_linear(x, packed, scales, pairs, None, 4), nf4_reference.nf4_linear(x, packed, scales, pairs, None, 4)
-    )
+    for each in (scales, compressed(scales, 5), nf4_reference.compress_scales(scales)):
+        ours, right = (make.nf4_linear(x, packed, each, pairs, None, 4) for make in (nf4, nf4_reference))
+        assert torch.equal(ours, right)
