@@ -61,19 +61,21 @@ def attend(which: int, dtype: torch.dtype, kv_heads: int = 8, head_dim: int = 12
     return attention.plan(step.q_THD, step.k_cache_NPGD, step.v_cache_NPGD, step.layout, step.scale, out_THD)[which]
 
 
-def multiply(scheme: str, rows: int, dtype: torch.dtype = torch.bfloat16) -> Launch:
+def multiply(scheme: str, rows: int, dtype: torch.dtype = torch.bfloat16, *, split: bool = True) -> Launch:
+    """A square matrix times ``rows``: into sums of parts, or ``split`` off, with a bias into the result."""
     width = 4096
     x, outputs = torch.zeros(rows, width, dtype=dtype), 64 if scheme == "int8" else 128
     parts = int8.split_count(width, width, outputs, int8.INPUTS if scheme == "int8" else 64)
-    part_SRO = torch.zeros(parts, rows, width)
+    part_SRO = torch.zeros(parts, rows, width) if split else torch.zeros(1, rows, width, dtype=dtype)
+    bias_O = None if split else torch.zeros(width, dtype=dtype)
     if scheme == "int8":
-        return int8.plan(x, torch.zeros(width, width, dtype=torch.int8), torch.zeros(width), part_SRO)
+        return int8.plan(x, torch.zeros(width, width, dtype=torch.int8), torch.zeros(width), bias_O, part_SRO)
     packed, blocks = torch.zeros(width * width // 2, dtype=torch.uint8), width * width // 64
     scales: Scales = torch.zeros(blocks)
     if scheme == "nf4, double":
         groups = torch.zeros(blocks // 256)
         scales = CompressedScales(torch.zeros(blocks, dtype=torch.uint8), torch.zeros(256), groups, groups, 256)
-    return nf4.plan(x, packed, scales, byte_pairs(x.device), part_SRO)
+    return nf4.plan(x, packed, scales, byte_pairs(x.device), bias_O, part_SRO)
 
 
 def add_parts(dtype: torch.dtype) -> Launch:
@@ -163,6 +165,16 @@ def test_a_weight_takes_few_instructions_on_hopper(scheme: str, weights: int, bu
     NF4; the budgets are these over the shares of that speed that are aimed for."""
     launch = multiply(scheme, rows)
     assert instructions_a_weight(compile_for(launch, 90), launch, weights) <= budget
+
+
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+@pytest.mark.parametrize("split", [True, False], ids=["parts", "whole"])
+@pytest.mark.parametrize("scheme", ["int8", "nf4", "nf4, double"])
+def test_quantized_linears_spill_nothing_and_fit(scheme: str, split: bool, capability: int) -> None:
+    for rows in (2, 64) if split else (16,):
+        # Packed weights are read in wide loads; scales and tables needn't be.
+        made = compile_for(multiply(scheme, rows, split=split), capability)
+        assert faults(made, capability, wide_loads=1) == [], f"{rows} rows"
 
 
 @pytest.mark.parametrize("capability", SHARED_BYTES)
