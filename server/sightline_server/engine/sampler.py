@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sightline_kernels.sample.reference import filter_logits, sample
+from sightline_kernels.sample.reference import sample
 from sightline_server.engine.transfer import to_device
 from sightline_server.engine.types import Sequence, TopLogprob
 
@@ -86,7 +86,6 @@ def _draw(logits_SV: Tensor, sequences: Seq[Sequence]) -> Tensor:
         return logits_SV.argmax(dim=-1)
     numbers = [temperatures, [params.top_p for params in all_params], [params.min_p for params in all_params]]
     temperature_S, top_p_S, min_p_S = to_device(torch.tensor(numbers, dtype=torch.float32), logits_SV.device).unbind()
-    logits_SV = logits_SV / torch.where(temperature_S == 0, 1.0, temperature_S)[:, None]
     integers = [
         [params.top_k for params in all_params],
         # The same 64 bits, as torch's signed integers hold them.
@@ -95,9 +94,9 @@ def _draw(logits_SV: Tensor, sequences: Seq[Sequence]) -> Tensor:
         [sequence.num_generated for sequence in sequences],
     ]
     top_k_S, seed_S, choice_S, position_S = to_device(torch.tensor(integers), logits_SV.device).unbind()
-    if any(params.top_k or params.top_p < 1 or params.min_p for params in all_params):
-        logits_SV = filter_logits(logits_SV, top_k_S, top_p_S, min_p_S)
-    return sample(logits_SV, temperature_S, seed_S, choice_S, position_S)
+    filtered = any(params.top_k or params.top_p < 1 or params.min_p for params in all_params)
+    filters = (top_k_S, top_p_S, min_p_S)
+    return sample(logits_SV, temperature_S, *filters, seed_S, choice_S, position_S, filtered=filtered)
 
 
 def _with_logprobs(logits_SV: Tensor, sequences: Seq[Sequence], token_ids: list[int]) -> list[Sampled]:
