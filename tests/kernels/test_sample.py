@@ -135,6 +135,9 @@ def test_temperature_zero_is_the_first_of_the_likeliest_beside_sampled_rows() ->
     before = logits.clone()
     tokens = draw(logits, temperature=[0.0, 1.0, 0.0, 1.0], seed=torch.arange(4), top_k=[0, 0, 2, 2])
     assert tokens[0] == logits[0].argmax()
+    alone = [draw(logits[row : row + 1], seed=row, top_k=top_k).item() for row, top_k in ((1, 0), (3, 2))]
+    assert tokens[[1, 3]].tolist() == alone
+    assert logits.argmax(dim=1)[[1, 3]].tolist() != alone
     assert tokens[2] == 7
     assert draw(logits, temperature=0.0).tolist() == [*logits[:2].argmax(1).tolist(), 7, int(logits[3].argmax())]
     assert torch.equal(logits, before), "the caller's logits were changed"
@@ -158,6 +161,10 @@ def test_filters_keep_what_their_definitions_say() -> None:
     assert kept(logits, top_p=1e-9, min_p=1.0) == [1]
     assert kept(logits, min_p=2.0) == [1]
     assert kept(logits, top_k=1, top_p=0.5) == [1]
+    # Rounded, the likeliest alone has a probability of 1.
+    assert kept([30.0, 0.0, 1.0]) == [0, 1, 2]
+    # Just as likely as asked for.
+    assert kept([0.0, float(torch.tensor(0.5).log())], min_p=0.5) == [0, 1]
     # Of what top-k left, the likeliest has two thirds.
     assert kept(logits, top_k=2, top_p=0.6) == [1]
 

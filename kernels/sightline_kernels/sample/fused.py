@@ -132,8 +132,7 @@ def _bound(
 
     ``low``, an int64, is a key at which the target is known to be reached. With a ``scale`` of 0 every token weighs 1.
     """
-    top = _key(largest).to(tl.int64)
-    high = top + 1
+    high = _key(largest).to(tl.int64) + 1
     # Between them lie fewer than 2**32 keys, and each turn halves their number or better.
     while high - low > 1:
         middle = (low + high) >> 1
@@ -152,7 +151,7 @@ def _bound(
         # Both ends move on to keys that tokens have, so that of equals no more turns are made.
         low = tl.where(reached, tl.min(above).to(tl.int64), low)
         high = tl.where(reached, high, tl.max(below).to(tl.int64) + 1)
-    return tl.minimum(low, top)
+    return low
 
 
 @triton.jit
@@ -208,7 +207,7 @@ def _sample(
         peaks = tl.maximum(peaks, _load(row_ptr, first + tl.arange(0, BLOCK), VOCAB))
     largest = tl.max(peaks)
     if temperature == 0.0:
-        # Of logits that are no numbers the last place is taken: an embedding is looked up for it.
+        # Logits that are no numbers must give a token all the same: its embedding will be looked up.
         nearest = tl.full((BLOCK,), VOCAB - 1, tl.int32)
         for first in range(0, VOCAB, BLOCK):
             places = first + tl.arange(0, BLOCK)

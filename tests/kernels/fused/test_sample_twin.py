@@ -77,6 +77,7 @@ def mixed_rows(vocab: int, device: str) -> Rows:
         (1.0, 1, 1.0, 0.0),
         (1.0, 0, 0.0, 0.0),
         (1.0, 0, 1.0, 1.0),
+        (1.0, 0, 1.0, 2.0),
         (1.0, vocab + 3, 0.99, 0.0),
         (0.05, vocab - 1, 0.999, 0.0),
     ]
@@ -138,13 +139,20 @@ def test_equals_at_a_bound_stay_together(filters: dict[str, float], device: str)
     assert set(tokens.tolist()) == {3, 9, 40, 65}
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 3])
+@pytest.mark.parametrize("top_k", [1, 2, 3, 4])
 def test_neighbouring_numbers_are_told_apart(top_k: int, device: str) -> None:
-    """As near zero as float32 goes, where most of the whole numbers are that are halved, and of both signs."""
-    tiny = torch.finfo(torch.float32).smallest_normal
-    logits = torch.tensor([-0.0, tiny, 0.0, -tiny, 2 * tiny, -1.0]).expand(8, -1)
-    tokens = set(check(make_rows(logits, device, top_k=top_k)).tolist())
-    assert tokens <= ({4}, {1, 4}, {0, 1, 2, 4})[top_k - 1]
+    tiny = torch.tensor(torch.finfo(torch.float32).smallest_normal)
+    for middle, zero in ((tiny, -0.0), (torch.tensor(9.0), 5.0)):
+        next_one = middle.nextafter(torch.tensor(torch.inf))
+        last = next_one.nextafter(torch.tensor(torch.inf))
+        logits = torch.stack((torch.tensor(zero), middle, torch.tensor(abs(zero)), -middle, next_one, last))
+        tokens = check(make_rows(logits.expand(16, -1), device, temperature=100.0, top_k=top_k))
+        assert set(tokens.tolist()) == ({5}, {4, 5}, {1, 4, 5}, {0, 1, 2, 4, 5})[top_k - 1]
+
+
+def test_neighbours_below_a_gap_are_told_apart(device: str) -> None:
+    logits = torch.tensor([1.0, 61.0, 60.0, 1 + 2.0**-23]).expand(16, -1)
+    assert set(check(make_rows(logits, device, temperature=100.0, top_k=3)).tolist()) == {1, 2, 3}
 
 
 def test_forbidden_tokens_are_never_drawn(device: str) -> None:
@@ -155,9 +163,10 @@ def test_forbidden_tokens_are_never_drawn(device: str) -> None:
     assert tokens.tolist() == [150] * 6
 
 
-def test_a_row_of_forbidden_tokens_gives_the_first(device: str) -> None:
+@pytest.mark.parametrize("vocab", [70, fused.BLOCK + 65])
+def test_a_row_of_forbidden_tokens_gives_the_first(vocab: int, device: str) -> None:
     filters = {"top_k": [0, 3, 0, 0], "top_p": [1.0, 1.0, 0.5, 1.0], "min_p": 0.2}
-    rows = make_rows(torch.full((4, 70), -torch.inf), device, temperature=[1.0, 1.0, 1.0, 0.0], **filters)
+    rows = make_rows(torch.full((4, vocab), -torch.inf), device, temperature=[1.0, 1.0, 1.0, 0.0], **filters)
     assert check(rows).tolist() == [0, 0, 0, 0]
 
 
