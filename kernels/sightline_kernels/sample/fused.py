@@ -21,7 +21,8 @@ MOST_TOKENS = 2**24
 """Tokens are counted in float32, which holds every whole number up to here."""
 
 _NONE = tl.constexpr(float("-inf"))
-_LEAST_KEY, _LARGEST_KEY = tl.constexpr(-(2**31)), tl.constexpr(2**31 - 1)
+# Of minus infinity, and past all others.
+_LEAST_KEY, _LARGEST_KEY = tl.constexpr(-0x7F800001), tl.constexpr(0x7FFFFFFF)
 _LARGEST_REST = tl.constexpr(LARGEST_REST)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
