@@ -21,6 +21,7 @@ from sightline_kernels.paged_attention import fused as attention
 from sightline_kernels.quick_gelu import fused as quick_gelu
 from sightline_kernels.rms_norm import fused as rms_norm
 from sightline_kernels.rotary_store_kv import fused as rotary_store_kv
+from sightline_kernels.sample import fused as sampling
 from sightline_kernels.silu_mul import fused as silu_mul
 from sightline_kernels.store_kv import fused as store_kv
 
@@ -49,6 +50,11 @@ def turn(dtype: torch.dtype, heads: int = 32, kv_heads: int = 8, head_dim: int =
 def store(dtype: torch.dtype) -> Launch:
     step = make_heads(2, 32, 8, 128, dtype=dtype, device="cpu")
     return store_kv.plan(step.k_TGD, step.v_TGD, *step.fresh_caches(), step.slots_T)
+
+
+def draw(vocab: int) -> Launch:
+    whole, real = torch.zeros(2, dtype=torch.int64), torch.zeros(2)
+    return sampling.plan(torch.zeros(2, vocab), real, whole, real, real, whole, whole, whole, whole.clone())
 
 
 def attend(which: int, dtype: torch.dtype, kv_heads: int = 8, head_dim: int = 128) -> Launch:
@@ -154,6 +160,14 @@ def test_attention_loads_keys_and_values_wide_and_fits(name: str, capability: in
     launch = ATTENTION[name](torch.bfloat16)
     made = compile_for(launch, capability)
     assert faults(made, capability, wide_loads=loads_of_keys(launch, torch.bfloat16)) == []
+
+
+@pytest.mark.parametrize(("vocab", "capability"), [*((32064, each) for each in SHARED_BYTES), (151936, 80), (1408, 90)])
+def test_sampling_reads_its_rows_wide(vocab: int, capability: int) -> None:
+    launch = draw(vocab)
+    # Six passes: the largest logit, its place, the sum of weights, the bounds of top-k and top-p, the draw.
+    wide_loads = 6 * -(-min(vocab, sampling.BLOCK) // (launch.num_warps * 32 * 4))
+    assert faults(compile_for(launch, capability), capability, wide_loads=wide_loads) == []
 
 
 @pytest.mark.parametrize(
