@@ -150,9 +150,10 @@ def workload_line(document: Document) -> str:
         "same": "one picture for all requests (caches warm but for the first)",
         "none": "no pictures",
     }[work["images"]]
+    rounds = "1 round" if document["rounds"] == 1 else f"{document['rounds']} rounds"
     return (
         f"{pictures[0].upper()}{pictures[1:]}, {work['input_len']} text tokens in, {work['output_len']} out, sampled "
-        f"at temperature 1 to full length; {document['rounds']} rounds, {document['size']} size."
+        f"at temperature 1 to full length; {rounds}, {document['size']} size."
     )
 
 
