@@ -7,7 +7,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,25 +51,37 @@ def newest_gpu(root: Path) -> tuple[str, dict[str, Any]] | None:
     return name, json.loads(path.read_text(encoding="utf-8"))
 
 
-def gpu_table(told: tuple[str, Mapping[str, Any]] | None, up: str) -> list[str]:
-    """A row a target; without a result each says so. ``up`` leads from the page to the root."""
-    rows = []
-    for row in ROWS:
+def gpu_table(told: tuple[str, Mapping[str, Any]] | None, rows: Iterable[Row], up: str) -> list[str]:
+    """A line a row; without a result each says so. ``up`` leads from the page to the root."""
+    cells = []
+    for row in rows:
         verdict = told[1]["rows"].get(row.id, {}) if told else {}
         value, note = verdict.get("value"), verdict.get("note", "")
-        measured = NOT_MEASURED if value is None else f"{value:,.4g} {row.unit}{_reached(row, value)}"
-        rows.append((row.what, _target(row), f"{measured}; {note}" if note else measured))
+        measured = NOT_MEASURED if value is None else _with_unit(value, row.unit) + _missed(row, value)
+        cells.append((row.what, _target(row), f"{measured}; {note}" if note else measured))
     heading = f"on a GPU ([{told[0]}]({up}{RESULTS / told[0]}))" if told else "on a GPU"
-    return tables.Table("", (heading, "target", "measured"), tuple(rows)).markdown()
+    return tables.Table("", (heading, "target", "measured"), tuple(cells)).markdown()
 
 
 def _target(row: Row) -> str:
-    return f"{'at least' if row.better == 'more' else 'at most'} {row.target:,.4g} {row.unit}"
+    if row.target is None:
+        return "-"
+    if row.target == 0 and row.better == "less":
+        return "none"
+    return f"{'at least' if row.better == 'more' else 'at most'} {_with_unit(row.target, row.unit)}"
 
 
-def _reached(row: Row, value: float) -> str:
+def _missed(row: Row, value: float) -> str:
+    if row.target is None:
+        return ""
     reached = value >= row.target if row.better == "more" else value <= row.target
     return "" if reached else " (missed)"
+
+
+def _with_unit(value: float, unit: str) -> str:
+    if unit == "share":
+        return f"{100 * value:.3g}%"
+    return f"{value:,.4g}x{unit[1:]}" if unit.partition(" ")[0] == "x" else f"{value:,.4g} {unit}"
 
 
 READING = (
@@ -83,7 +95,7 @@ NOTHING = (
 
 
 def readme_block(cpu: tuple[str, Mapping[str, Any]] | None, gpu: tuple[str, Mapping[str, Any]] | None) -> list[str]:
-    """The overview: output tokens a second of every system, and the GPU's rows."""
+    """The overview: output tokens a second of every system, and the GPU's rows that have a target."""
     if cpu is None:
         lines = [NOTHING, ""]
     else:
@@ -93,7 +105,7 @@ def readme_block(cpu: tuple[str, Mapping[str, Any]] | None, gpu: tuple[str, Mapp
             lines += [*tables.overview(model).markdown(), ""]
         lines += [f"![Output tokens a second over time to first token]({CHART})", ""]
         lines += [f"{tables.machine_line(document)} All of it: [{name}]({RESULTS / name}).", ""]
-    return [*lines, *gpu_table(gpu, "")]
+    return [*lines, *gpu_table(gpu, (row for row in ROWS if row.target is not None), "")]
 
 
 def page_block(cpu: tuple[str, Mapping[str, Any]] | None, gpu: tuple[str, Mapping[str, Any]] | None) -> list[str]:
@@ -113,7 +125,7 @@ def page_block(cpu: tuple[str, Mapping[str, Any]] | None, gpu: tuple[str, Mappin
                 lines += [tables.noise_line(model), ""]
             lines += ["What was tried, and what the gate said of it:", ""]
             lines += [*(f"- {line}" for line in tables.gate_lines(model)), ""]
-    return [*lines, "### GPU", "", *gpu_table(gpu, "../")]
+    return [*lines, "### GPU", "", *gpu_table(gpu, ROWS, "../")]
 
 
 def with_block(text: str, block: list[str], name: str) -> str:

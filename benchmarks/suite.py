@@ -22,10 +22,9 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import gate, regression, report, tables
+from benchmarks import gate, llama_server, regression, report, tables, transformers_serve
 from benchmarks.figures import AGAIN, BASE, FORMAT, figures_of
 from benchmarks.machine import ROOT, describe_machine, load_average, matmul_gflops, nvidia_smi
-from benchmarks.peers import llama_server, transformers_serve
 from benchmarks.servers import Server, ServerError, bench
 from benchmarks.systems import (
     CONCURRENCIES,

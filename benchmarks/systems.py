@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks import llama_server, transformers_serve
 from benchmarks.figures import BASE
 from benchmarks.gate import Kind, Verdict
-from benchmarks.peers import llama_server, transformers_serve
 from benchmarks.servers import Server, free_port, running, sightline_command
 
 CONCURRENCIES = (1, 8, 32)

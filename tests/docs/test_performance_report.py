@@ -90,23 +90,26 @@ def test_without_results_the_pages_say_so(tree: Path) -> None:
     shutil.rmtree(tree / report.RESULTS)
     wanted = report.pages(tree)
     assert set(wanted) == {report.README, report.PAGE}
-    for text in wanted.values():
-        assert report.NOTHING in text
-        assert text.count("| not measured |") == len(ROWS) > 0
+    with_target = sum(row.target is not None for row in ROWS)
+    for path, rows in ((report.README, with_target), (report.PAGE, len(ROWS))):
+        assert report.NOTHING in wanted[path]
+        assert wanted[path].count("| not measured |") == rows > 0
 
 
 def test_gpu_rows_have_their_figure_their_note_or_not_measured(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = (
         Row("fast", "fast one", 100, "tok/s", "more"),
         Row("slow", "slow one", 10, "ms", "less"),
-        Row("gone", "gone one", 1, "GiB", "less"),
-        Row("new", "new one", 1, "GiB", "less"),
+        Row("gone", "gone one", 0, "tests", "less"),
+        Row("new", "new one", 0.8, "share", "more"),
+        Row("told", "told one", None, "x slower", "less"),
     )
     monkeypatch.setattr(report, "ROWS", rows)
     told = {
         "fast": {"value": 123.4, "note": ""},
         "slow": {"value": 12.0, "note": "graphs off"},
         "gone": {"value": None, "note": "no peer"},
+        "told": {"value": 2.5, "note": ""},
     }
     write(tree, "gpu-old-2026-11-20/verdicts.json", {"machine": {}, "rows": {}})
     write(tree, "gpu-a-card-2026-11-21/verdicts.json", {"machine": {}, "rows": told})
@@ -116,10 +119,13 @@ def test_gpu_rows_have_their_figure_their_note_or_not_measured(tree: Path, monke
     for line in (
         "| fast one | at least 100 tok/s | 123.4 tok/s |",
         "| slow one | at most 10 ms | 12 ms (missed); graphs off |",
-        "| gone one | at most 1 GiB | not measured; no peer |",
-        "| new one | at most 1 GiB | not measured |",
+        "| gone one | none | not measured; no peer |",
+        "| new one | at least 80% | not measured |",
     ):
         assert line in wanted[report.README]
+        assert line in wanted[report.PAGE]
+    assert "| told one | - | 2.5x slower |" in wanted[report.PAGE]
+    assert "told one" not in wanted[report.README]
 
 
 def test_a_page_without_markers_is_named(tree: Path, capfd: pytest.CaptureFixture[str]) -> None:

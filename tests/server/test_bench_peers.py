@@ -14,10 +14,9 @@ from sightline_models.presets import demo_checkpoint
 # The tools are no package: scripts start them from the checkout, and so does this test.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks import systems
+from benchmarks import llama_server, systems, transformers_serve
 from benchmarks.figures import figures_of
-from benchmarks.peers import llama_server, transformers_serve
-from benchmarks.peers.llama_server import Llama, LlamaServerError, make_command, read_flags
+from benchmarks.llama_server import Llama, LlamaServerError, make_command, read_flags
 from benchmarks.servers import ServerError, bench
 
 STUB = '''#!{python}
