@@ -50,8 +50,10 @@ def reference_of(*rows: dict[str, Any], answers: int = 1) -> Reference:
         (logits(error=1.1e-4), False),
         (logits("bfloat16", error=0.9e-2), True),
         (logits("bfloat16", error=1.1e-2), False),
-        (logits("float32", "int8", error=2.4e-2), True),
-        (logits("bfloat16", "int8", error=2.6e-2), False),
+        (logits("float32", "int8", error=0.9e-4), True),
+        (logits("float32", "int8", error=1.1e-4), False),
+        (logits("bfloat16", "int8", error=0.9e-2), True),
+        (logits("bfloat16", "int8", error=1.1e-2), False),
         (logits(error=float("nan")), False),
     ],
 )
@@ -281,7 +283,7 @@ def test_what_fails_the_gate_has_no_speed_and_fails_the_command(
     assert "ours-int8" not in {row["system"] for row in model["loads"]}
     assert not any(name.startswith("ours-int8") for name, _, _ in fake_world.asked), "it was measured all the same"
     said = capfd.readouterr().out
-    assert "FAILED the gate, no speed: relative L2 to the dequantized weights 1.0e+00" in said
+    assert "FAILED the gate, no speed: largest logit difference to float32 with the dequantized weights 1.0e+00" in said
     assert "failed the gate" in said
 
 
