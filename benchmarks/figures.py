@@ -27,8 +27,9 @@ MEASURES = (
     Measure("tokens_per_cpu_s", "output tokens a second of the server's processor time", "tok/CPU-s", "more"),
     Measure("ttft_p50_ms", "time to first token, median", "ms", "less"),
     Measure("ttft_p99_ms", "time to first token, 99th percentile", "ms", "less"),
-    Measure("itl_p50_ms", "between tokens, median", "ms", "less"),
-    Measure("itl_p99_ms", "between tokens, 99th percentile", "ms", "less"),
+    Measure("tpot_p50_ms", "time of a token after the first, median over requests", "ms", "less"),
+    Measure("itl_p50_ms", "between chunks, median", "ms", "less"),
+    Measure("itl_p99_ms", "between chunks, 99th percentile", "ms", "less"),
 )
 BY_ID = {measure.id: measure for measure in MEASURES}
 

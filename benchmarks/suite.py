@@ -224,7 +224,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--suite", choices=("cpu", "gpu"), help="default: gpu where there is a GPU, else cpu")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="2 rounds of few requests (default)")
-    size.add_argument("--full", action="store_true", help="5 rounds, under 20 minutes: what figures are quoted from")
+    size.add_argument("--full", action="store_true", help="5 rounds, meant for under 20 minutes: what is quoted")
     parser.add_argument("--rounds", type=int, metavar="N", help="instead of the size's own")
     parser.add_argument("--models", default="demo,llava-45m", help="demo or names of shapes (%(default)s)")
     parser.add_argument("--images", choices=("own", "same", "none"), default="own", help="fresh pictures (%(default)s)")
@@ -291,6 +291,8 @@ def main(arguments: list[str] | None = None) -> int:
         worse = regression.regressions(baseline, document) if baseline else []
     except ValueError as error:
         worse = [str(error)]
+    if baseline and not worse:
+        console.print(f"No ratio is worse than in {args.against}.")
     for sentence in worse:
         console.print(sentence, style="red", highlight=False, soft_wrap=True, markup=False)
     return 1 if worse or not all(model["passed"] for model in document["models"]) else 0

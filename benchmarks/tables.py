@@ -76,7 +76,7 @@ DETAILS = (
     ("tokens/s", "tokens_per_s", None),
     ("tokens per CPU second", "tokens_per_cpu_s", None),
     ("first token, ms: p50 / p99", "ttft_p50_ms", "ttft_p99_ms"),
-    ("between tokens, ms: p50 / p99", "itl_p50_ms", "itl_p99_ms"),
+    ("each token after it, ms: p50 / gaps' p99", "tpot_p50_ms", "itl_p99_ms"),
 )
 
 

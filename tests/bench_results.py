@@ -14,6 +14,7 @@ def load(system: str, concurrency: int, turn: int, rate: float) -> dict[str, Any
         "tokens_per_cpu_s": rate / 2,
         "ttft_p50_ms": 1000 / rate,
         "ttft_p99_ms": 2000 / rate,
+        "tpot_p50_ms": 600 / rate,
         "itl_p50_ms": 500 / rate,
         "itl_p99_ms": 900 / rate,
     }
