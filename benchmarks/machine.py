@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,20 @@ def nvidia_smi() -> dict[str, str] | None:
 def load_average() -> list[float]:
     """How busy the machine was over the last 1, 5 and 15 minutes, in cores."""
     return [round(value, 2) for value in os.getloadavg()]
+
+
+def matmul_gflops(size: int = 512, tries: int = 25) -> float:
+    """How fast one fixed matrix product is at best right now: beside another such figure, whether clocks changed."""
+    import numpy as np
+
+    noise = np.random.default_rng(0)
+    left, right = (noise.standard_normal((size, size), dtype=np.float32) for _ in range(2))
+    best = float("inf")
+    for _ in range(tries):
+        began = time.perf_counter()
+        left @ right
+        best = min(best, time.perf_counter() - began)
+    return round(2e-9 * size**3 / best, 1)
 
 
 def child_environment() -> dict[str, str]:

@@ -1,61 +1,73 @@
-"""The comparison behind every speed claim on a CPU: one stream of ours, many streams of ours, many of the peer's.
+"""The comparison behind every speed claim on a CPU, and the project's one bench: `scripts/bench --help`.
 
-Both servers serve the same weights and stay up through all rounds; each round runs the other way round than the one
-before (ABBA), so that a machine that slows down or a neighbour that wakes up takes from both. Medians are reported
-with the least and most of the rounds; beside output tokens a second stand those a second of processor time, which a
-neighbour disturbs less. Run it with `scripts/bench`.
+Ours, quantized and not, `--deterministic`, and the peers serve the same weights, all up at once; each round asks every
+system in turn and the next one the other way round (ABBA), so that a machine that slows down or a neighbour that wakes
+up takes from all. Ours is asked twice a round: what it differs from itself by is noise. Whatever fails the gate
+(``gate.py``) gets no figure.
 """
 
 import argparse
 import contextlib
-import dataclasses
 import datetime
 import json
 import shutil
 import signal
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks import transformers_serve
-from benchmarks.machine import ROOT, describe_machine, load_average
-from benchmarks.servers import Server, ServerError, bench, free_port, running, sightline_command
+from benchmarks import gate, llama_server, regression, report, tables, transformers_serve
+from benchmarks.figures import AGAIN, BASE, FORMAT, figures_of
+from benchmarks.machine import ROOT, describe_machine, load_average, matmul_gflops, nvidia_smi
+from benchmarks.servers import Server, ServerError, bench
+from benchmarks.systems import (
+    CONCURRENCIES,
+    Choice,
+    System,
+    choose,
+    llamas,
+    ours,
+    ours_deterministic,
+    ours_int8,
+    transformers_defaults,
+    transformers_tuned,
+)
+from sightline_models.presets import PRESETS
 
-STREAMS = 16
 INPUT_LEN, OUTPUT_LEN = 64, 128
-SYSTEMS = {
-    "single": "1 stream",
-    "many": f"{STREAMS} streams",
-    "peer_untuned": f"transformers serve, {STREAMS}",
-    "peer": f"the same, tuned, {STREAMS}",
-}
-TARGETS = {"demo": (5.0, 8.0), "llava-45m": (3.0, 8.0)}
-"""How many times one stream of ours, and how many times the peer, STREAMS of ours must bring."""
+TRIED_LEN, TRIED_FEW = OUTPUT_LEN // 2, 4
 
 
 @dataclass(frozen=True)
 class Size:
+    name: str
     rounds: int
-    prompts_single: int
-    prompts_many: int
+    requests: Mapping[int, int]
+    """By concurrency, a load's requests."""
+    few: Mapping[int, int]
+    """The same for a server that is slow or takes them one by one: a shorter line flatters its first tokens."""
 
 
-QUICK = Size(rounds=2, prompts_single=4, prompts_many=STREAMS)
-FULL = Size(rounds=6, prompts_single=8, prompts_many=3 * STREAMS)
+QUICK = Size("quick", 2, {1: 2, 8: 8, 32: 32}, {1: 1, 8: 8, 32: 32})
+FULL = Size("full", 5, {1: 4, 8: 16, 32: 64}, {1: 2, 8: 8, 32: 32})
 
 
-MEASURES = {
-    "per_second": "Output tokens a second",
-    "per_cpu_second": "Output tokens a second of the server's processor time",
-}
+@dataclass(frozen=True)
+class Plan:
+    """What the command line asked for."""
+
+    size: Size
+    rounds: int
+    images: str
+    with_peer: bool
+    llama: llama_server.Llama | None
+    serve_flags: Sequence[str]
 
 
 @dataclass
@@ -63,47 +75,21 @@ class Outcome:
     """What one model gave."""
 
     model: str
-    configs: dict[str, Any] = field(default_factory=dict)
-    """For each side the variant that competes, and what every variant gave when tried."""
-    rates: dict[str, dict[str, list[float]]] = field(default_factory=lambda: {measure: {} for measure in MEASURES})
-    """By measure and system (one of ``SYSTEMS``), a figure a round."""
-    runs: list[dict[str, Any]] = field(default_factory=list)
+    choices: list[Choice] = field(default_factory=list)
+    loads: list[dict[str, Any]] = field(default_factory=list)
 
-    def add(self, system: str, turn: int, summary: dict[str, Any]) -> None:
-        tokens = summary["tokens"]["output"]
-        for measure, rate in (("per_second", _rate(summary)), ("per_cpu_second", tokens / summary["server_cpu_s"])):
-            self.rates[measure].setdefault(system, []).append(round(rate, 2))
-        self.runs.append({"system": system, "round": turn, "load": load_average(), "summary": summary})
-
-    def ratios(self, measure: str, over: str) -> list[float]:
-        """Our many streams over ``over``, round by round."""
-        rates = self.rates[measure]
-        return [ours / other for ours, other in zip(rates["many"], rates.get(over, ()), strict=False)]
+    @property
+    def passed(self) -> bool:
+        return all(choice.passed for choice in self.choices)
 
     def to_json(self) -> dict[str, Any]:
-        told: dict[str, Any] = {"model": self.model, "configs": self.configs}
-        single, peer = TARGETS.get(self.model, (None, None))
-        targets = {"single": single, "peer": peer, "peer_untuned": peer}
-        for measure, rates in self.rates.items():
-            told[measure] = {system: {**spread(values), "rounds": values} for system, values in rates.items()}
-            for other in targets:
-                if ratios := self.ratios(measure, other):
-                    told[measure][f"many_over_{other}"] = {**spread(ratios), "target": targets.get(other)}
-        told["runs"] = self.runs
-        return told
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {
-        "median": round(statistics.median(values), 3),
-        "min": round(min(values), 3),
-        "max": round(max(values), 3),
-    }
+        systems = [choice.to_json() for choice in self.choices]
+        return {"model": self.model, "passed": self.passed, "systems": systems, "loads": self.loads}
 
 
 @contextlib.contextmanager
 def checkpoint(name: str) -> Iterator[Path]:
-    """A folder with the weights both servers load: the demo model's own, or random ones of a named shape."""
+    """A folder with the weights that all servers load: the demo model's own, or random ones of a named shape."""
     # Only for writing weights is torch wanted: the rest of this process starts servers and waits.
     from sightline_models import presets, tiny
 
@@ -118,131 +104,159 @@ def checkpoint(name: str) -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One way to start a side: its precision and its torch threads."""
+class Comparison:
+    """One model's: gate, trials, then rounds."""
 
-    side: str
-    dtype: str
-    threads: str
-    """A number, or ``default`` for what that server chooses by itself."""
+    def __init__(self, model: str, plan: Plan, console: Console) -> None:
+        self.outcome = Outcome(model)
+        self._plan, self._console = plan, console
 
-    @property
-    def environment(self) -> dict[str, str]:
-        return {} if self.threads == "default" else {"OMP_NUM_THREADS": self.threads}
+    def run(self) -> Outcome:
+        with contextlib.ExitStack() as stack:
+            folder = stack.enter_context(checkpoint(self.outcome.model))
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="sightline-peer-"))
+            servers = self._start(folder, Path(scratch) / "model", stack)
+            if BASE in {system.key for system, _ in servers}:
+                self._rounds(servers)
+        return self.outcome
+
+    def _start(self, folder: Path, linked: Path, stack: contextlib.ExitStack) -> list[tuple[System, Server]]:
+        """The servers that compete, in the order of a round."""
+        base, int8 = ours(folder, self._plan.serve_flags), ours_int8(folder, self._plan.serve_flags)
+        self._say("asking the reference")
+        kinds = [system.kind(setting) for system in (base, int8) for setting in system.settings]
+        self._reference = gate.ask_reference(folder, kinds)
+        chosen = self._choose(base)
+        self._choose(int8)
+        if chosen.best is None:
+            self._say("[bold red]Sightline failed the gate: nothing is compared[/]")
+            return []
+        self._choose(ours_deterministic(folder, self._plan.serve_flags, chosen.best))
+        if self._plan.with_peer:
+            transformers_serve.link_checkpoint(folder, linked)
+            self._choose(transformers_tuned(linked))
+            self._choose(transformers_defaults(linked))
+        for system in llamas(self._plan.llama) if self._plan.llama else ():
+            self._choose(system)
+        servers = []
+        for choice in self.outcome.choices:
+            if best := choice.best:
+                server = stack.enter_context(choice.system.start(best.setting, best.threads))
+                self._warm_up(choice.system, server)
+                servers.append((choice.system, server))
+        return servers
+
+    def _choose(self, system: System) -> Choice:
+        choice = choose(system, self._check, self._speed)
+        self.outcome.choices.append(choice)
+        for one in choice.tried:
+            rate = "" if one.tokens_per_s is None else f", {one.tokens_per_s:,.0f} tokens/s"
+            verdict = (
+                "" if one.gate is None else f"; {'passed' if one.passed else 'FAILED the gate, no speed'}: {one.gate}"
+            )
+            self._say(f"{system.label}, {one.setting}, threads {one.threads}{rate}{verdict}")
+        return choice
+
+    def _check(self, system: System, setting: str, server: Server) -> gate.Verdict:
+        kind = system.kind(setting)
+        logits = gate.judge_logits(self._reference, kind)
+        if not logits.passed:
+            return logits
+        answers = gate.judge_server(server, self._reference, kind, deterministic=system.deterministic)
+        return gate.Verdict(answers.passed, f"{logits.says}; {answers.says}")
+
+    def _speed(self, system: System, server: Server) -> float:
+        self._warm_up(system, server)
+        streams = TRIED_FEW if system.few_requests else max(CONCURRENCIES)
+        summary = self._ask(system, server, requests=streams, streams=streams, output_len=TRIED_LEN)
+        return float(summary["throughput"]["output_tokens_per_s"])
+
+    def _warm_up(self, system: System, server: Server) -> None:
+        """A warm-up inside each load would count in the processor time."""
+        streams = 1 if system.few_requests else max(CONCURRENCIES)
+        self._ask(system, server, requests=streams, streams=streams, output_len=8 if system.few_requests else 24)
+
+    def _rounds(self, servers: list[tuple[System, Server]]) -> None:
+        base, base_server = servers[0]
+        assert base.key == BASE, f"the first system is {base.key}, not {BASE}"
+        order = [(system.key, system, server) for system, server in servers] + [(AGAIN, base, base_server)]
+        for turn in range(self._plan.rounds):
+            for concurrency in CONCURRENCIES:
+                for key, system, server in order if turn % 2 == 0 else reversed(order):
+                    if concurrency in system.concurrencies:
+                        self._load(turn, concurrency, key, system, server)
+
+    def _load(self, turn: int, concurrency: int, key: str, system: System, server: Server) -> None:
+        requests = (self._plan.size.few if system.few_requests else self._plan.size.requests)[concurrency]
+        summary = self._ask(system, server, requests=requests, streams=concurrency, output_len=OUTPUT_LEN)
+        figures = figures_of(summary, summary["server_cpu_s"])
+        row = {"system": key, "concurrency": concurrency, "round": turn, "requests": requests, "figures": figures}
+        told = ("duration_s", "seed", "caches", "client_cpu_share", "server_cpu_s")
+        self.outcome.loads.append({**row, **{name: summary[name] for name in told}, "load": load_average()})
+        self._say(f"round {turn + 1}, {concurrency} at once, {key}: {figures['tokens_per_s']:,.0f} tokens/s")
+
+    def _ask(self, system: System, server: Server, *, requests: int, streams: int, output_len: int) -> dict[str, Any]:
+        summary = bench(
+            server,
+            num_prompts=requests,
+            max_concurrency=streams,
+            input_len=INPUT_LEN,
+            output_len=output_len,
+            images=self._plan.images,
+            warmup=0,
+            ignore_eos=system.takes_ignore_eos,
+        )
+        if summary["counts"]["short"]:
+            raise ServerError(f"{server.name} ended {summary['counts']['short']} answers early: the loads differ.")
+        return summary
+
+    def _say(self, sentence: str) -> None:
+        self._console.print(f"  {sentence}", highlight=False, soft_wrap=True)
 
 
-OURS = [Variant("ours", dtype, threads) for dtype in ("auto", "bfloat16") for threads in ("default", "1")]
-PEERS = [Variant("peer", dtype, threads) for dtype in transformers_serve.DTYPES for threads in ("default", "1")]
-UNTUNED = Variant("peer", "auto", "default")
-"""The peer with its own defaults; the other one has the precision and the threads that were fastest here."""
-
-
-@contextlib.contextmanager
-def started(variant: Variant, folder: Path, serve_flags: list[str]) -> Iterator[Server]:
-    """The server of one variant. ``folder`` is the checkpoint, for the peer as ``link_checkpoint`` makes it."""
-    if variant.side == "peer":
-        with transformers_serve.serving(folder, variant.dtype, environment=variant.environment) as server:
-            yield server
-        return
-    port = free_port()
-    threads = [] if variant.threads == "default" else ["--threads", variant.threads]
-    command = sightline_command(port, str(folder), "--dtype", variant.dtype, *threads, *serve_flags)
-    with running("sightline", command, port=port, ready_path="/ready") as server:
-        yield server
-
-
-def choose(variants: list[Variant], folder: Path, serve_flags: list[str], console: Console) -> dict[str, Any]:
-    """Try the variants of one side briefly under the load that counts; the fastest competes."""
-    tried = []
-    for variant in variants:
-        with started(variant, folder, serve_flags) as server:
-            _ask(server, variant.side, prompts=1, streams=1, output_len=8)
-            # The peer takes requests one by one: a few of them tell its speed.
-            streams = STREAMS if variant.side == "ours" else 4
-            rate = _rate(_ask(server, variant.side, prompts=streams, streams=streams, output_len=OUTPUT_LEN // 2))
-        console.print(f"  tried {server.name}, {variant.dtype}, {variant.threads} threads: {rate:,.0f} tokens/s")
-        tried.append({**dataclasses.asdict(variant), "output_tokens_per_s": rate})
-    return {"best": max(tried, key=lambda one: float(one["output_tokens_per_s"])), "tried": tried}
-
-
-def measure(name: str, size: Size, with_peer: bool, serve_flags: list[str], console: Console) -> Outcome:
-    outcome = Outcome(name)
-    with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(checkpoint(name))
-        linked = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sightline-peer-"))) / "model"
-        transformers_serve.link_checkpoint(folder, linked)
-        sides = [("ours", OURS, folder), *([("peer", PEERS, linked)] if with_peer else [])]
-        servers = {}
-        for side, variants, where in sides:
-            chosen = outcome.configs[side] = choose(variants, where, serve_flags, console)
-            best = Variant(*(chosen["best"][key] for key in ("side", "dtype", "threads")))
-            servers[side] = stack.enter_context(started(best, where, serve_flags))
-        if with_peer:
-            servers["peer_untuned"] = stack.enter_context(started(UNTUNED, linked, serve_flags))
-        for side, server in servers.items():
-            _ask(server, side, prompts=STREAMS, streams=STREAMS, output_len=8)
-        order = [system for system in SYSTEMS if with_peer or not system.startswith("peer")]
-        for turn in range(size.rounds):
-            for system in order if turn % 2 == 0 else reversed(order):
-                side = system if system.startswith("peer") else "ours"
-                prompts, streams = (size.prompts_single, 1) if system == "single" else (size.prompts_many, STREAMS)
-                summary = _ask(servers[side], side, prompts=prompts, streams=streams, output_len=OUTPUT_LEN)
-                outcome.add(system, turn, summary)
-                console.print(f"  round {turn + 1}, {system}: {_rate(summary):,.0f} output tokens/s")
-    return outcome
-
-
-def _ask(server: Server, side: str, *, prompts: int, streams: int, output_len: int) -> dict[str, Any]:
-    summary = bench(
-        server,
-        num_prompts=prompts,
-        max_concurrency=streams,
-        input_len=INPUT_LEN,
-        output_len=output_len,
-        images="own",
-        # Servers are warmed once: a warm-up inside each load would count in the processor time.
-        warmup=0,
-        # The peer refuses the field; its folder names no end token instead.
-        ignore_eos=not side.startswith("peer"),
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench",
+        description=__doc__,
+        epilog="With --suite gpu, every flag but --suite and --full goes to scripts/gpu_check: see its --help.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    if summary["counts"]["short"]:
-        raise ServerError(f"{server.name} ended {summary['counts']['short']} answers early: the loads differ.")
-    return summary
-
-
-def _rate(summary: dict[str, Any]) -> float:
-    return float(summary["throughput"]["output_tokens_per_s"])
-
-
-def table(measure: str, outcomes: list[Outcome]) -> Table:
-    shown = Table(title=MEASURES[measure], title_justify="left")
-    for heading in ("model", *SYSTEMS.values()):
-        shown.add_column(heading, justify="left" if heading == "model" else "right")
-    for outcome in outcomes:
-        cells = []
-        for system in SYSTEMS:
-            values = outcome.rates[measure].get(system)
-            rate = f"{statistics.median(values):,.0f}" if values else "-"
-            gain = "" if system == "many" or not values else f"\n{_gain(outcome.ratios(measure, system))}"
-            cells.append(rate + gain)
-        shown.add_row(outcome.model, *cells)
-    return shown
-
-
-def _gain(ratios: list[float]) -> str:
-    """Our many streams over the system of this column."""
-    return f"x {statistics.median(ratios):.1f} [{min(ratios):.1f}, {max(ratios):.1f}]"
+    parser.add_argument("--suite", choices=("cpu", "gpu"), help="default: gpu where there is a GPU, else cpu")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="2 rounds of few requests (default)")
+    size.add_argument("--full", action="store_true", help="5 rounds, meant for under 20 minutes: what is quoted")
+    parser.add_argument("--rounds", type=int, metavar="N", help="instead of the size's own")
+    parser.add_argument("--models", default="demo,llava-45m", help="demo or names of shapes (%(default)s)")
+    parser.add_argument("--images", choices=("own", "same", "none"), default="own", help="fresh pictures (%(default)s)")
+    parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True, help="transformers serve too")
+    parser.add_argument("--llama-server", type=Path, metavar="PATH", help="llama.cpp's server, as a peer")
+    parser.add_argument("--gguf", metavar="FILE,FILE", help="the model's weights for it, such as BF16 and Q8_0")
+    parser.add_argument("--mmproj", type=Path, metavar="FILE", help="the model's projector for it")
+    parser.add_argument("--serve-flag", action="append", default=[], metavar="FLAG", help="for sightline serve")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="default: a dated file in benchmarks/results")
+    parser.add_argument("--against", type=Path, metavar="FILE", help="fail when a ratio is worse than in this result")
+    parser.add_argument("--report", action="store_true", help="instead: write README, page and chart from the results")
+    return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
-    parser.add_argument("--full", action="store_true", help="more rounds and requests (quick: under five minutes)")
-    parser.add_argument("--models", default="demo,llava-45m", help="demo or names of shapes (%(default)s)")
-    parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True, help="transformers serve too")
-    parser.add_argument("--serve-flag", action="append", default=[], metavar="FLAG", help="for sightline serve")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="default: a dated file in benchmarks/results")
-    args = parser.parse_args(arguments)
+    parser = make_parser()
+    args, others = parser.parse_known_args(arguments)
+    if args.report:
+        return report.main([])
+    if (args.suite or ("gpu" if nvidia_smi() else "cpu")) == "gpu":
+        return run_gpu(arguments if arguments is not None else sys.argv[1:])
+    if others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    if args.rounds is not None and args.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    models = [name for name in args.models.split(",") if name]
+    if not models or not set(models) <= {"demo", *PRESETS}:
+        parser.error(f"--models {args.models}: name some of demo, {', '.join(PRESETS)}")
+    try:
+        llama = llama_server.read_flags(args.llama_server, args.gguf, args.mmproj, images=args.images, models=models)
+    except llama_server.LlamaServerError as error:
+        parser.error(str(error))
     console = Console()
     if args.peer and (missing := transformers_serve.missing_packages()):
         console.print(
@@ -250,34 +264,73 @@ def main(arguments: list[str] | None = None) -> int:
             "with --no-peer."
         )
         return 1
+    try:
+        baseline = regression.read(args.against) if args.against else None
+    except ValueError as error:
+        parser.error(str(error))
     # Ended from outside, it still ends the servers it has started.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    began = time.monotonic()
-    document: dict[str, Any] = {"suite": "cpu", "size": "full" if args.full else "quick", "machine": describe_machine()}
-    outcomes = []
+    size = FULL if args.full else QUICK
+    plan = Plan(size, args.rounds or size.rounds, args.images, args.peer, llama, args.serve_flag)
     try:
-        for name in args.models.split(","):
-            console.print(f"[bold]{name}[/]")
-            outcomes.append(measure(name, FULL if args.full else QUICK, args.peer, args.serve_flag, console))
+        document = run_cpu(models, plan, console)
     except ServerError as error:
         console.print(str(error), markup=False)
         return 1
-    document["load_after"] = load_average()
-    document["seconds"] = round(time.monotonic() - began, 1)
-    document["serve_flags"] = args.serve_flag
-    document["models"] = [outcome.to_json() for outcome in outcomes]
-    path = args.json or ROOT / "benchmarks/results" / f"cpu-{datetime.date.today():%Y-%m-%d}.json"
+    name = (
+        f"cpu-{datetime.date.today():%Y-%m-%d}.json"
+        if args.full
+        else f"cpu-quick-{datetime.date.today():%Y-%m-%d}.json"
+    )
+    path = args.json or ROOT / "benchmarks/results" / name
     path.write_text(json.dumps(document, indent=1) + "\n")
-    console.print(
-        f"Own picture each, {INPUT_LEN} text tokens in, {OUTPUT_LEN} out. Below each rate: {STREAMS} streams of ours, "
-        "times that, as median [least, most] of the rounds."
-    )
-    for measure_name in MEASURES:
-        console.print(table(measure_name, outcomes))
-    console.print(
-        f"Load {document['machine']['load'][0]} before and {document['load_after'][0]} after. Written: {path}"
-    )
-    return 0
+    for line in tables.terminal(document):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    console.print(f"Written: {path}. Next: scripts/bench --report")
+    try:
+        worse = regression.regressions(baseline, document) if baseline else []
+    except ValueError as error:
+        worse = [str(error)]
+    if baseline and not worse:
+        console.print(f"No ratio is worse than in {args.against}.")
+    for sentence in worse:
+        console.print(sentence, style="red", highlight=False, soft_wrap=True, markup=False)
+    return 1 if worse or not all(model["passed"] for model in document["models"]) else 0
+
+
+def run_cpu(models: Sequence[str], plan: Plan, console: Console) -> dict[str, Any]:
+    """Every model's comparison, and the machine before and after. Raises ServerError when one can't be finished."""
+    began = time.monotonic()
+    document: dict[str, Any] = {
+        "suite": "cpu",
+        "format": FORMAT,
+        "size": plan.size.name,
+        "rounds": plan.rounds,
+        "machine": {**describe_machine(), "matmul_gflops": matmul_gflops()},
+    }
+    if plan.llama is not None:
+        document["machine"]["packages"]["llama-server"] = plan.llama.version()
+    outcomes = []
+    for name in models:
+        console.print(f"[bold]{name}[/]")
+        outcomes.append(Comparison(name, plan, console).run())
+    document["machine_after"] = {"load": load_average(), "matmul_gflops": matmul_gflops()}
+    document["seconds"] = round(time.monotonic() - began, 1)
+    document["workload"] = {"input_len": INPUT_LEN, "output_len": OUTPUT_LEN, "images": plan.images}
+    document["serve_flags"] = list(plan.serve_flags)
+    document["models"] = [outcome.to_json() for outcome in outcomes]
+    return document
+
+
+def run_gpu(arguments: Sequence[str]) -> int:
+    """`scripts/gpu_check` with the same arguments, but for those that only choose the suite and its usual size."""
+    from benchmarks.gpu.main import main as gpu_main
+
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--suite")
+    own.add_argument("--full", action="store_true")
+    _, rest = own.parse_known_args(arguments)
+    return gpu_main(rest)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Writes the generated documents from the tables in the code; with --check, only says which are stale.
 
-Knows how a page looks. Knows nothing of what a setting does.
+Knows how the page of settings looks; what is said of speed, `benchmarks/report.py` writes. Knows nothing of what a
+setting does.
 """
 
 import argparse
@@ -10,7 +11,12 @@ from pathlib import Path
 
 from sightline_server.settings import Row, rows
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "settings.md"
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = Path("docs/settings.md")
+
+# The benchmarks are no part of the installation.
+sys.path.insert(0, str(ROOT))
+from benchmarks import report  # noqa: E402
 
 HEAD = """# Settings
 
@@ -67,16 +73,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Write the generated documents.")
     parser.add_argument("--check", action="store_true", help="change nothing; fail when a page is stale")
     check = parser.parse_args().check
-    wanted = settings_page()
-    if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == wanted:
-        print(f"docs/{PAGE.name} is up to date")
-        return 0
-    if check:
-        print(f"docs/{PAGE.name} is stale: run .venv/bin/python scripts/docs.py", file=sys.stderr)
+    try:
+        wanted = {PAGE: settings_page(), **report.pages(ROOT)}
+    except report.ReportError as error:
+        print(error, file=sys.stderr)
         return 1
-    PAGE.write_text(wanted, encoding="utf-8")
-    print(f"docs/{PAGE.name} written")
-    return 0
+    stale = [path for path, text in wanted.items() if _content(path) != text]
+    for path in stale:
+        if check:
+            print(f"{path} is stale: run .venv/bin/python scripts/docs.py", file=sys.stderr)
+        else:
+            (ROOT / path).write_text(wanted[path], encoding="utf-8")
+            print(f"{path} written")
+    if not stale:
+        print(f"up to date: {', '.join(map(str, wanted))}")
+    return 1 if stale and check else 0
+
+
+def _content(path: Path) -> str | None:
+    return (ROOT / path).read_text(encoding="utf-8") if (ROOT / path).is_file() else None
 
 
 if __name__ == "__main__":

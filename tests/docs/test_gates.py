@@ -15,10 +15,20 @@ SMALL = ("server/sightline_server/settings.py", "server/sightline_server/errors.
 
 @pytest.fixture
 def tree(tmp_path: Path, repository: Path) -> Path:
-    """A copy of the scripts and of two small modules that import nothing outside the standard library."""
+    """A copy of the scripts, of two small modules that import nothing outside the standard library, and of what the
+    docs gate reads."""
     kept = (
         "pyproject.toml",
         "Dockerfile.gpu",
+        "README.md",
+        "benchmarks/__init__.py",
+        "benchmarks/chart.py",
+        "benchmarks/figures.py",
+        "benchmarks/gpu/__init__.py",
+        "benchmarks/gpu/targets.py",
+        "benchmarks/report.py",
+        "benchmarks/tables.py",
+        "docs/performance.md",
         "docs/settings.md",
         "scripts/check",
         "scripts/docs.py",
@@ -27,6 +37,9 @@ def tree(tmp_path: Path, repository: Path) -> Path:
     for name in (*kept, *SMALL):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(repository / name, tmp_path / name)
+    shutil.copytree(repository / "benchmarks/results", tmp_path / "benchmarks/results")
+    if (repository / "docs/performance.svg").exists():
+        shutil.copy(repository / "docs/performance.svg", tmp_path / "docs/performance.svg")
     for package in PACKAGES:
         (tmp_path / package).mkdir(parents=True, exist_ok=True)
         (tmp_path / package / "__init__.py").touch()
@@ -61,6 +74,19 @@ def append(name: str, text: str) -> Callable[[Path], None]:
     return plant
 
 
+def add_a_gpu_result(tree: Path) -> None:
+    path = tree / "benchmarks/results/gpu-planted-9999-12-31/verdicts.json"
+    path.parent.mkdir()
+    path.write_text('{"machine": {}, "rows": {}}', encoding="utf-8")
+
+
+def edit_a_figure(tree: Path) -> None:
+    path = tree / "README.md"
+    path.write_text(
+        path.read_text(encoding="utf-8").replace("<!-- end of perf", "1,000x\n<!-- end of perf", 1), "utf-8"
+    )
+
+
 def unpin_the_base_image(tree: Path) -> None:
     path = tree / "Dockerfile.gpu"
     path.write_text(path.read_text(encoding="utf-8").replace("-runtime-", "-runtime-latest-", 1), encoding="utf-8")
@@ -75,10 +101,12 @@ def unpin_the_base_image(tree: Path) -> None:
         ("types", append(SMALL[1], '\n\nplanted: int = "text"\n'), "Incompatible types in assignment"),
         ("types", append(SMALL[1], "\n\ndef planted(x):\n    return x\n"), "missing a type annotation"),
         ("docs", append("docs/settings.md", "| `--planted` |\n"), "stale"),
+        ("docs", add_a_gpu_result, "docs/performance.md is stale"),
+        ("docs", edit_a_figure, "README.md is stale"),
         ("dockerfile", unpin_the_base_image, "DL3007"),
         ("shell", append("scripts/install", "rm -rf $1\n"), "SC2086"),
     ],
-    ids=["format", "lint", "types", "untyped", "docs", "dockerfile", "shell"],
+    ids=["format", "lint", "types", "untyped", "docs", "result", "figure", "dockerfile", "shell"],
 )
 def test_gate_fails_on_a_planted_fault(tree: Path, gate: str, plant: Callable[[Path], None], said: str) -> None:
     clean = run_gate(tree, gate)

@@ -1,4 +1,4 @@
-"""The measuring tools outside the package: what `scripts/bench` and `scripts/gpu_check` count, and how they fail."""
+"""The measuring tools outside the package: what `scripts/gpu_check` counts, and how it fails."""
 
 import contextlib
 import importlib.metadata
@@ -18,7 +18,7 @@ from sightline_models.presets import demo_checkpoint
 # The tools are no package: scripts start them from the checkout, and so does this test.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks import machine, suite, transformers_serve
+from benchmarks import machine
 from benchmarks.gpu import gpu_tests, main, pack, step_profile
 from benchmarks.gpu.oracle import errors
 from benchmarks.gpu.paged import PagedSequences
@@ -164,37 +164,6 @@ def test_the_pack_covers_what_its_packages_need_at_this_environments_versions() 
     assert f"fastapi=={importlib.metadata.version('fastapi')}" in command
     assert "--no-deps" in command
     assert command[command.index("--python-version") + 1] == "3.12"
-
-
-def test_the_peers_folder_has_the_same_weights_and_no_end_token(tmp_path: Path) -> None:
-    folder = tmp_path / "peer"
-    transformers_serve.link_checkpoint(demo_checkpoint(), folder)
-    assert {path.name for path in folder.iterdir()} == {path.name for path in demo_checkpoint().iterdir()}
-    assert os.path.samefile(folder / "model.safetensors", demo_checkpoint() / "model.safetensors")
-    generation = json.loads((folder / "generation_config.json").read_text())
-    assert generation["do_sample"] is True
-    assert "eos_token_id" not in generation
-    config = json.loads((folder / "config.json").read_text())
-    assert config.get("eos_token_id") is None
-    assert config["text_config"].get("eos_token_id") is None
-
-
-def test_gains_are_round_by_round_and_by_both_measures() -> None:
-    outcome = suite.Outcome("demo")
-    for turn, (single, many, peer) in enumerate([(100, 600, 50), (200, 800, 100)]):
-        for system, rate in (("single", single), ("many", many), ("peer", peer)):
-            summary = {
-                "tokens": {"output": 1000},
-                "throughput": {"output_tokens_per_s": rate},
-                "server_cpu_s": 1000 / rate / 2,
-            }
-            outcome.add(system, turn, summary)
-    assert outcome.ratios("per_second", "single") == [6, 4]
-    assert outcome.ratios("per_cpu_second", "peer") == [12, 8]
-    told = outcome.to_json()
-    assert told["per_second"]["many_over_single"] == {"median": 5, "min": 4, "max": 6, "target": 5.0}
-    assert told["per_cpu_second"]["many"]["rounds"] == [1200, 1600]
-    assert len(told["runs"]) == 6
 
 
 def test_a_checkout_that_is_not_installed_still_tells_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
