@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 
-from sightline_server.engine.threads import FEW_ROWS, PROBE_EVERY, ThreadChooser
+from sightline_server.engine.threads import FEW_ROWS, PROBE_EVERY, PROBE_SELDOM, ThreadChooser
 
 
 def choices(chooser: ThreadChooser, rows: int, cost: Callable[[int], float], steps: int) -> Counter[int]:
@@ -39,3 +39,13 @@ def test_sizes_are_told_apart() -> None:
     choices(chooser, 512, lambda threads: 1 / threads, 100)
     assert choices(chooser, 16, lambda threads: float(threads), 100)[1] > 80
     assert choices(chooser, 512, lambda threads: 1 / threads, 100)[2] > 80
+
+
+def test_what_is_slower_again_and_again_is_tried_ever_more_seldom() -> None:
+    chooser = ThreadChooser(2)
+    first = choices(chooser, 16, lambda threads: 9.0 * threads, 500)[2]
+    then = choices(chooser, 16, lambda threads: 9.0 * threads, 4 * PROBE_SELDOM)[2]
+    assert first < 15
+    assert 1 <= then <= 5
+    # It is still tried, so that cores that become free are found.
+    assert choices(chooser, 16, lambda threads: 1 / threads, 8 * PROBE_SELDOM)[2] > PROBE_SELDOM

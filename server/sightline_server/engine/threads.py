@@ -11,8 +11,20 @@ from statistics import median
 FEW_ROWS = 8
 """Steps of fewer rows are too short to share: they leave the other cores to the HTTP side and to image decoding."""
 PROBE_EVERY = 16
-"""Steps of a size between two tries of the choice that was slower."""
+"""Steps of a size between two tries of the choice that was slower; twice as many each time it is slower again."""
+PROBE_SELDOM = 512
+"""But no more than this."""
 _REMEMBERED = 5
+
+
+class _Size:
+    """What steps of one size have cost, a row, by threads."""
+
+    def __init__(self) -> None:
+        self.costs: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_REMEMBERED))
+        self.fastest = 0
+        self.patience = PROBE_EVERY
+        self.steps_to_probe = PROBE_EVERY
 
 
 class ThreadChooser:
@@ -20,22 +32,26 @@ class ThreadChooser:
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self._steps: defaultdict[int, int] = defaultdict(int)
-        # (bits of the row count, threads) -> seconds a row of the latest steps.
-        self._costs: defaultdict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=_REMEMBERED))
+        self._sizes: defaultdict[int, _Size] = defaultdict(_Size)
 
     def choose(self, rows: int) -> int:
         """Threads for a step of ``rows`` rows."""
         if self.most == 1 or rows < FEW_ROWS:
             return 1
-        size = rows.bit_length()
-        self._steps[size] += 1
-        one, most = self._costs[size, 1], self._costs[size, self.most]
+        size = self._sizes[rows.bit_length()]
+        one, most = size.costs[1], size.costs[self.most]
         if min(len(one), len(most)) < _REMEMBERED:
-            return 1 if len(one) < len(most) else self.most
-        fastest, other = (1, self.most) if median(one) < median(most) else (self.most, 1)
-        return other if self._steps[size] % PROBE_EVERY == 0 else fastest
+            return 1 if len(one) <= len(most) else self.most
+        fastest, other = (1, self.most) if median(one) <= median(most) else (self.most, 1)
+        if fastest != size.fastest:
+            size.fastest, size.patience = fastest, PROBE_EVERY
+        size.steps_to_probe -= 1
+        if size.steps_to_probe > 0:
+            return fastest
+        size.steps_to_probe = size.patience
+        size.patience = min(2 * size.patience, PROBE_SELDOM)
+        return other
 
     def took(self, rows: int, threads: int, seconds: float) -> None:
         """A step of ``rows`` rows took ``seconds`` with ``threads``."""
-        self._costs[rows.bit_length(), threads].append(seconds / rows)
+        self._sizes[rows.bit_length()].costs[threads].append(seconds / rows)
