@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlavaForConditionalGeneration
 
+from sightline_kernels.int8_linear import on_cpu
 from sightline_kernels.int8_linear import reference as int8
 from sightline_kernels.nf4_linear import reference as nf4
 from sightline_models.config import CheckpointError, read_config
@@ -95,6 +96,27 @@ def test_outlier_channels_cost_no_more_than_they_cost_bitsandbytes(tmp_path: Pat
         ours = divergence(our_logits(load(tmp_path / "outliers", quantize=scheme), cases), exact)
         assert theirs > 1e-6
         assert ours <= 1.001 * theirs + 1e-7, f"{scheme}: {ours} against {theirs}"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_cpus_digits_give_bitsandbytes_logits_beside_outliers(
+    packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not on_cpu.can_multiply(torch.zeros(1, 1, dtype=torch.int8)):
+        pytest.skip("this CPU has no VNNI")
+    # Matrices as small as these are otherwise multiplied whole.
+    monkeypatch.setattr(on_cpu, "_SMALL_PRODUCTS", 0)
+    monkeypatch.setattr(on_cpu, "_MOST_UNPACKED", 0 if packed else 2**21)
+    model = save_random(SHAPES["plain"], tmp_path)
+    cases = cases_of(model)
+    rescale_channels(model)
+    model.save_pretrained(tmp_path)
+    quantize_decoder(model, "int8")
+    vlm = load(tmp_path, quantize="int8")
+    linears = [module for module in vlm.modules() if isinstance(module, Int8Linear)]
+    assert {linear.codes_OI.is_mkldnn for linear in linears} == {packed}
+    assert {linear.multiply for linear in linears} == {on_cpu.int8_linear}
+    assert largest_difference(our_logits(vlm, cases), [reference_logits(model, case) for case in cases]) <= TOLERANCE
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
