@@ -74,8 +74,8 @@ def int8_linear(x_I: Tensor, codes_OI: Tensor, absmax_O: Tensor, bias_O: Tensor 
     x_RI = x_I.reshape(-1, x_I.shape[-1])
     scale_O = absmax_O / 127.0
     if _is_better_dotted(x_RI, codes_OI):
-        ones_O = torch.ones_like(scale_O, dtype=torch.bfloat16)
-        y_RO = torch._weight_int8pack_mm(x_RI.contiguous(), codes_OI, ones_O).mul_(scale_O)
+        # No weight is further off for its rounded scale than it would be if it were rounded itself.
+        y_RO = torch._weight_int8pack_mm(x_RI.contiguous(), codes_OI, scale_O.to(torch.bfloat16))
     elif _is_better_whole(x_RI, codes_OI):
         y_RO = F.linear(x_RI, codes_OI.to(x_I.dtype)).mul_(scale_O)
     else:
