@@ -46,7 +46,7 @@ QuantizedWeight = Int8Weight | Nf4Weight
 
 
 class Int8Linear(nn.Module):
-    """Stands where a ``Linear`` stands; int8 in memory, multiplied in the dtype of its input."""
+    """Stands where a ``Linear`` stands; int8 in memory, with inputs and outputs of one dtype."""
 
     codes_OI: Tensor
     absmax_O: Tensor

@@ -48,10 +48,8 @@ def can_multiply(codes_OI: Tensor) -> bool:
     largest_OI = torch.full((width, width), 127, dtype=torch.int8)
     largest_OI[::2] = -127
     sums_XO = extreme_XI.double() @ largest_OI.double().t()
-    ones_O = torch.ones(width)
     return all(
-        torch.equal(_multiply(extreme_XI, weight, ones_O).double(), sums_XO)
-        for weight in (largest_OI, _pack(largest_OI))
+        torch.equal(_multiply(extreme_XI, weight).double(), sums_XO) for weight in (largest_OI, _pack(largest_OI))
     )
 
 
@@ -118,21 +116,22 @@ def _by_digits(x_RI: Tensor, codes_OI: Tensor, scale_O: Tensor) -> Tensor:
         digit_RI.copy_(left_RI)
         left_RI.add_(128).bitwise_right_shift_(8)
     highest_RI.copy_(left_RI)
-    *lower_sums, y_RO = torch.split(_multiply(digits_XI, codes_OI, scale_O), rows)
+    *lower_sums, y_RO = torch.split(_multiply(digits_XI, codes_OI), rows)
     for sum_RO in reversed(lower_sums):
         y_RO = torch.add(sum_RO, y_RO, alpha=256)
-    return y_RO.mul_(largest_R1.mul_(1 / units)).to(x_RI.dtype)
+    return y_RO.mul_(scale_O).mul_(largest_R1.mul_(1 / units)).to(x_RI.dtype)
 
 
-def _multiply(digits_XI: Tensor, codes_OI: Tensor, scale_O: Tensor) -> Tensor:
-    """Return float32 ``digits @ codes.T * scale``, the product exact."""
+def _multiply(digits_XI: Tensor, codes_OI: Tensor) -> Tensor:
+    """Return ``digits @ codes.T``, summed exactly and rounded to float32."""
     if not codes_OI.is_mkldnn:
-        return torch._int_mm(digits_XI, codes_OI.t()).float().mul_(scale_O)
+        return torch._int_mm(digits_XI, codes_OI.t()).float()
     # Packed for unsigned numbers, 128 of which stand for 0; signed ones would take torch's slowest way.
     raised_XI = digits_XI.view(torch.uint8).bitwise_xor_(128)
-    zeros_O = torch.zeros_like(scale_O, dtype=torch.int64)
+    outputs = codes_OI.shape[1]
+    ones_O, zeros_O = torch.ones(outputs), torch.zeros(outputs, dtype=torch.int64)
     sums_XO: Tensor = torch.ops.onednn.qlinear_pointwise(
-        raised_XI, 1.0, 128, codes_OI, scale_O, zeros_O, None, 1.0, 0, torch.float32, "none", [], ""
+        raised_XI, 1.0, 128, codes_OI, ones_O, zeros_O, None, 1.0, 0, torch.float32, "none", [], ""
     )
     return sums_XO
 
