@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sightline_kernels.dispatch import REFERENCES, Kernels
+from sightline_kernels.int8_linear import on_cpu as int8_on_cpu
 from sightline_kernels.int8_linear import reference as int8
 from sightline_kernels.nf4_linear import reference as nf4
 from sightline_models.layers import Linear
@@ -46,21 +47,27 @@ QuantizedWeight = Int8Weight | Nf4Weight
 
 
 class Int8Linear(nn.Module):
-    """Stands where a ``Linear`` stands; int8 in memory, multiplied in the dtype of its input."""
+    """Stands where a ``Linear`` stands; int8 in memory, with inputs and outputs of one dtype."""
 
     codes_OI: Tensor
     absmax_O: Tensor
 
     def __init__(self, weight: Int8Weight, bias: nn.Parameter | None, kernels: Kernels) -> None:
         super().__init__()
-        self.kernels = kernels
+        self.multiply = kernels.int8_linear
         self.out_features, self.in_features = weight.codes_OI.shape
         self.register_buffer("codes_OI", weight.codes_OI)
         self.register_buffer("absmax_O", weight.absmax_O)
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.kernels.int8_linear(x, self.codes_OI, self.absmax_O, self.bias)
+        return self.multiply(x, self.codes_OI, self.absmax_O, self.bias)
+
+    def pack(self) -> None:
+        """Multiply as this CPU does it fastest, if it is one that can, and keep the codes in the order it likes."""
+        if self.multiply is int8.int8_linear and int8_on_cpu.can_multiply(self.codes_OI):
+            self.codes_OI = int8_on_cpu.pack(self.codes_OI)
+            self.multiply = int8_on_cpu.int8_linear
 
 
 class Nf4Linear(nn.Module):

@@ -15,6 +15,7 @@ from sightline_models.decoder import Decoder
 from sightline_models.kv import KvPool
 from sightline_models.layers import Linear
 from sightline_models.projector import Projector
+from sightline_models.quantize import Int8Linear
 from sightline_models.vision import ClipVit
 
 
@@ -40,7 +41,7 @@ class Vlm(nn.Module):
     def pack_weights(self) -> None:
         """Reorder linear weights for this device, one at a time; call when they are final and in place."""
         for module in self.modules():
-            if isinstance(module, Linear):
+            if isinstance(module, Linear | Int8Linear):
                 module.pack()
 
     def encode_images(self, pixels_NYXC: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlavaForConditionalGeneration
 
 from sightline_kernels.dispatch import REFERENCES
+from sightline_kernels.int8_linear import on_cpu
 from sightline_kernels.int8_linear import reference as int8
 from sightline_kernels.nf4_linear import reference as nf4
 from sightline_models.config import CheckpointError, read_config
@@ -82,7 +83,7 @@ def test_tower_and_projector_are_quantized_when_asked(shape: str, scheme: Quanti
     assert largest_difference(ours[1:], unlike[1:]) > 100 * TOLERANCE, "pictures are encoded as without the setting"
     left = {name for name, module in vlm.named_modules() if isinstance(module, Linear)}
     assert left == {"vision.patch_embedding", "decoder.lm_head"}
-    chosen = replace(REFERENCES)
+    chosen = replace(REFERENCES, int8_linear=lambda *matrix: int8.int8_linear(*matrix))
     random = random_vlm(
         vlm.config,
         CLIP_NORMALIZATION,
@@ -95,8 +96,11 @@ def test_tower_and_projector_are_quantized_when_asked(shape: str, scheme: Quanti
     )
     assert {name for name, module in random.named_modules() if isinstance(module, Linear)} == left
     # What was chosen for the decoder's widths may not take the tower's.
-    made = {name: module for name, module in random.named_modules() if isinstance(module, Int8Linear | Nf4Linear)}
-    assert all((linear.kernels is chosen) == name.startswith("decoder.") for name, linear in made.items())
+    for name, module in random.named_modules():
+        if isinstance(module, Int8Linear | Nf4Linear):
+            is_int8 = isinstance(module, Int8Linear)
+            has_chosen = module.multiply is chosen.int8_linear if is_int8 else module.kernels is chosen
+            assert has_chosen == name.startswith("decoder."), name
 
 
 def rescale_channels(model: LlavaForConditionalGeneration, factors: tuple[float, ...]) -> None:
@@ -149,6 +153,28 @@ def test_outlier_channels_cost_no_more_than_in_bitsandbytes_own_layers(kind: str
     # Of NF4 theirs rounds weights alone, to the same numbers, so the logits themselves are equal.
     assert largest_difference(ours["nf4"], theirs["nf4"]) <= TOLERANCE
     assert divergence(ours["nf4"], exact) <= divergence(theirs["nf4"], exact) + 1e-6
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", OUTLIERS)
+def test_a_cpus_digits_give_bitsandbytes_logits_beside_outliers(
+    kind: str, packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not on_cpu.can_multiply(torch.zeros(1, 1, dtype=torch.int8)):
+        pytest.skip("this CPU has no VNNI")
+    # Matrices as small as these are otherwise multiplied whole.
+    monkeypatch.setattr(on_cpu, "_SMALL_PRODUCTS", 0)
+    monkeypatch.setattr(on_cpu, "_MOST_UNPACKED", 0 if packed else 2**21)
+    model = save_random(SHAPES["plain"], tmp_path)
+    cases = cases_of(model)
+    rescale_channels(model, OUTLIERS[kind])
+    model.save_pretrained(tmp_path)
+    quantize_linears(model, "int8")
+    vlm = load(tmp_path, quantize="int8")
+    linears = [module for module in vlm.modules() if isinstance(module, Int8Linear)]
+    assert {linear.codes_OI.is_mkldnn for linear in linears} == {packed}
+    assert {linear.multiply for linear in linears} == {on_cpu.int8_linear}
+    assert largest_difference(our_logits(vlm, cases), [reference_logits(model, case) for case in cases]) <= TOLERANCE
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -31,6 +31,8 @@ class BlockKeys:
     """int32 [B * H, K] into the cache seen as [N * P * G, D]; past a row's context, the row of its last key again."""
     past_B1K: Tensor
     """Whether a key lies past the row's context."""
+    own_HG1: Tensor
+    """Whether a query head attends to a key head."""
 
 
 def locate_blocks(layout: PagedLayout, num_heads: int, cache_NPGD: Tensor) -> BlockKeys:
@@ -47,7 +49,8 @@ def locate_blocks(layout: PagedLayout, num_heads: int, cache_NPGD: Tensor) -> Bl
     heads_H = torch.arange(num_heads) // (num_heads // num_kv_heads)
     table_rows_BHK = slots_BK.unsqueeze(1) * num_kv_heads + heads_H.unsqueeze(1)
     past_B1K = (positions_K >= context_B1).unsqueeze(1)
-    return BlockKeys(blocks_BN.flatten(), table_rows_BHK.flatten(0, 1).int(), past_B1K)
+    own_HG1 = (heads_H.unsqueeze(1) == torch.arange(num_kv_heads)).unsqueeze(2)
+    return BlockKeys(blocks_BN.flatten(), table_rows_BHK.flatten(0, 1).int(), past_B1K, own_HG1)
 
 
 def attend_by_blocks(
@@ -58,8 +61,7 @@ def attend_by_blocks(
     num_blocks, _, num_kv_heads, _ = k_cache_NPGD.shape
     columns = num_kv_heads * head_dim
     k_BKC = k_cache_NPGD.view(num_blocks, -1).index_select(0, keys.blocks_X).view(num_rows, -1, columns)
-    own_HG1 = torch.eye(num_kv_heads, dtype=torch.bool).repeat_interleave(num_heads // num_kv_heads, 0).unsqueeze(2)
-    q_BHC = torch.where(own_HG1, q_BHD.unsqueeze(2), 0.0).flatten(2)
+    q_BHC = torch.where(keys.own_HG1, q_BHD.unsqueeze(2), 0.0).flatten(2)
     scores_BHK = torch.bmm(q_BHC, k_BKC.transpose(1, 2)).float().mul_(scale)
     weights_BHK = scores_BHK.masked_fill_(keys.past_B1K, -torch.inf).softmax(dim=-1).to(q_BHD.dtype)
     out_XD = F.embedding_bag(
