@@ -69,6 +69,12 @@ class Settings:
         "checkpoint is.",
         section="Model",
     )
+    verify: bool = _row(
+        False,
+        "At the start, compare quantized weights with the unquantized ones on a few drawn pictures, and tell how far "
+        "the answers are apart. Loads both, one after the other.",
+        section="Model",
+    )
     max_model_len: int = _row(
         0, "Longest prompt plus answer, in tokens. 0: what the checkpoint allows.", section="Model", minimum=0
     )

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from rich import box
 from rich.console import Console
 from rich.padding import Padding
@@ -16,6 +17,8 @@ from sightline_server.cli.diagnosis import Checkpoint, Choice, Finding
 from sightline_server.cli.fit import Fit
 from sightline_server.cli.machine import Machine, TorchView
 from sightline_server.cli.terminal import own_command, size
+from sightline_server.cli.verified import lines_of
+from sightline_server.engine.types import Verification
 from sightline_server.settings import Settings
 
 Fact = tuple[str, str]
@@ -33,6 +36,8 @@ class Report:
     """How the checkpoint would be served."""
     fits: tuple[Fit, ...]
     findings: tuple[Finding, ...]
+    verification: Verification | None = None
+    """With ``--verify``, when the model could be loaded."""
 
     @property
     def can_serve(self) -> bool:
@@ -60,6 +65,7 @@ class Report:
             },
             "served": self.served and dataclasses.asdict(self.served),
             "fits": [dataclasses.asdict(fit) for fit in self.fits],
+            "verification": msgspec.to_builtins(self.verification),
             "findings": [dataclasses.asdict(finding) for finding in self.findings],
         }
 
@@ -71,6 +77,9 @@ class Report:
         _facts(console, "Device", [("used", f"{self.choice.device}: {self.choice.why}")])
         if self.checkpoint and self.served:
             _facts(console, "Model", self._model_facts(self.checkpoint, self.served))
+        if self.verification:
+            first, *rest = lines_of(self.verification)
+            _facts(console, "Check", [("checked", first), *(("", line) for line in rest)])
         self._show_fits(console)
         self._show_findings(console)
 

@@ -38,6 +38,7 @@ from sightline_server.engine.types import (
     Sequence,
     Slice,
 )
+from sightline_server.engine.verify import Subject, ask_unquantized, verify
 from sightline_server.engine.vision_cache import VisionCache
 from sightline_server.settings import Settings, SettingsError
 
@@ -65,30 +66,45 @@ def load_engine(folder: Path, settings: Settings, progress: Progress) -> tuple[E
     quantization = choose_quantization(config.quantization, settings.quantize)
     normalization = read_preprocess_config(folder, config).normalization
     limits = _limits(config, settings, device)
-    kernels = choose_kernels(settings, config, device, dtype, quantization)
-    try:
-        progress("loading weights", 0.0)
+
+    def make(scheme: Quantization, stage: str) -> Vlm:
+        progress(stage, 0.0)
+        kept = choose_quantization(config.quantization, scheme)
+        kernels = choose_kernels(settings, config, device, dtype, kept)
         if settings.random:
-            model = random_vlm(
-                config,
-                normalization,
-                dtype=dtype,
-                device=device,
-                seed=settings.random_seed,
-                quantize=quantization,
-                kernels=kernels,
+            seed = settings.random_seed
+            return random_vlm(
+                config, normalization, dtype=dtype, device=device, seed=seed, quantize=kept, kernels=kernels
             )
-        else:
-            model = load_vlm(
-                folder,
-                config,
-                normalization,
-                dtype=dtype,
-                device=device,
-                quantize=settings.quantize,
-                kernels=kernels,
-                progress=lambda share: progress("loading weights", share),
-            )
+        return load_vlm(
+            folder,
+            config,
+            normalization,
+            dtype=dtype,
+            device=device,
+            quantize=scheme,
+            kernels=kernels,
+            progress=lambda share: progress(stage, share),
+        )
+
+    subject = Subject(
+        folder=folder,
+        config=config,
+        chat_template=Path(settings.chat_template).read_text("utf-8") if settings.chat_template else None,
+        quantization=quantization,
+        dtype=dtype,
+        device=device,
+        limits=limits,
+    )
+    try:
+        original = None
+        if settings.verify:
+            original = ask_unquantized(subject, lambda: make("none", "loading the unquantized weights"))
+        model = make(settings.quantize, "loading weights")
+        verification = None
+        if settings.verify:
+            progress("checking the weights", 0.0)
+            verification = verify(subject, model, original)
         progress("sizing the cache", 0.0)
         num_blocks = count_blocks(model, settings, device, dtype, limits)
         engine_config = _fit_to_cache(config, settings, limits, num_blocks)
@@ -109,6 +125,7 @@ def load_engine(folder: Path, settings: Settings, progress: Progress) -> tuple[E
         block_size=engine_config.block_size,
         max_model_len=engine_config.max_model_len,
         load_seconds=time.monotonic() - began,
+        verification=verification,
     )
     log.info(
         "%s on %s in %s: cache of %d tokens in %d blocks, context %d",
