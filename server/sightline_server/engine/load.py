@@ -8,6 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from sightline_models.weights import load_vlm, random_vlm
 from sightline_server.engine.batch import build_batch
 from sightline_server.engine.blocks import BlockPool
 from sightline_server.engine.engine import Engine
+from sightline_server.engine.gpu_memory import Needs, gib, limit_memory, room_for_cache
 from sightline_server.engine.runner import Runner
 from sightline_server.engine.sampler import choose_tokens
 from sightline_server.engine.scheduler import Scheduler
@@ -57,6 +59,7 @@ def load_engine(folder: Path, settings: Settings, progress: Progress) -> tuple[E
     began = time.monotonic()
     device = choose_device(settings.device)
     use_device(device)
+    limit_memory(settings.gpu_memory, device)
     # Deterministic steps are small, and their arithmetic must not change with what else the machine does.
     threads = settings.threads or (1 if settings.deterministic else len(os.sched_getaffinity(0)))
     if device.type == "cpu":
@@ -110,8 +113,9 @@ def load_engine(folder: Path, settings: Settings, progress: Progress) -> tuple[E
         engine_config = _fit_to_cache(config, settings, limits, num_blocks)
         engine = assemble(model, engine_config, device=device, dtype=dtype, threads=threads)
     except torch.OutOfMemoryError as error:
+        where = f"--gpu-memory {gib(settings.gpu_memory)}" if settings.gpu_memory else _device_name(device)
         raise SettingsError(
-            f"The weights in {_precision(dtype, quantization)} and one full step don't fit {_device_name(device)}. "
+            f"The weights in {_precision(dtype, quantization)} and one full step don't fit {where}. "
             "Run 'sightline doctor' with this folder to see what would; --max-step-tokens lowers what a step needs."
         ) from error
     weights = [*model.parameters(), *model.buffers()]
@@ -259,56 +263,84 @@ def count_blocks(model: Vlm, settings: Settings, device: torch.device, dtype: to
     a_block = KvPool.bytes_per_block(model.config.decoder, block_size=limits.block_size, dtype=dtype)
     if device.type == "cpu":
         return int(settings.cpu_cache_gb * 2**30) // a_block - 1
-    needed_by_steps = _measure_largest_step(model, limits, device, dtype)
+    step = _measure_largest_step(model, limits, device, dtype)
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
+    if settings.gpu_memory:
+        least = max(model.config.num_image_tokens + limits.block_size, settings.max_model_len)
+        needs = Needs(
+            weights=torch.cuda.memory_reserved(device),
+            # What torch held, not only what was used: holding on to less, it would free and ask anew in each step.
+            step=max(step.allocated, step.reserved),
+            encoder_cache=limits.encoder_cache_bytes,
+            smallest_cache=(-(-least // limits.block_size) + 1) * a_block,
+        )
+        return room_for_cache(settings.gpu_memory, free, needs) // a_block - 1
     # What others hold, and what torch holds outside tensors, counts against our share too.
     left = int(total * settings.gpu_memory_utilization) - (total - free)
-    return (left - needed_by_steps - limits.encoder_cache_bytes) // a_block - 1
+    return (left - step.allocated - limits.encoder_cache_bytes) // a_block - 1
 
 
-def _measure_largest_step(model: Vlm, limits: EngineConfig, device: torch.device, dtype: torch.dtype) -> int:
+@dataclass(frozen=True)
+class StepMemory:
     """Bytes that the largest step needs beside weights and cache."""
+
+    allocated: int
+    reserved: int
+    """With what torch's allocator took for it and kept."""
+
+
+def _measure_largest_step(model: Vlm, limits: EngineConfig, device: torch.device, dtype: torch.dtype) -> StepMemory:
     length = min(limits.max_step_tokens, limits.max_model_len)
     kv = _allocate_cache(model.config, -(-length // limits.block_size), limits.block_size, device, dtype)
-    before = torch.cuda.memory_allocated(device)
+    torch.cuda.empty_cache()
+    allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
     torch.cuda.reset_peak_memory_stats(device)
     run_largest_step(model, kv, limits, device)
-    return torch.cuda.max_memory_allocated(device) - before
+    return StepMemory(
+        torch.cuda.max_memory_allocated(device) - allocated, torch.cuda.max_memory_reserved(device) - reserved
+    )
 
 
 def run_largest_step(model: Vlm, kv: KvPool, limits: EngineConfig, device: torch.device) -> None:
-    """What needs most memory: the largest image batch, a full token budget, every row sampled or decoding at its end.
+    """Run what no step needs more memory than. ``kv`` holds any number of blocks and a scratch block.
 
-    ``kv`` holds a full token budget and a scratch block.
+    - Pictures: the scheduler encodes at most ``max_images_per_step`` of them, all before the decoder runs and, unless
+      deterministic, in one batch. What comes out is pinned in the encoder cache until the decoder is done, so it lives
+      on here as well; whatever else that cache holds is within the bytes set aside for it.
+    - Tokens: a full budget. Once all of it prompts that end where a context may end, since a slice looks back at all of
+      its context; once as many decodes as may run, each at its context's end, and prompts in the rest.
+    - Answers: a row for every request that may run, with all that can be asked of sampling. Bias copies the logits, a
+      filter sorts them, and log-probabilities are as many again.
     """
-    length = min(limits.max_step_tokens, limits.max_model_len)
-    num_blocks = -(-length // limits.block_size)
-    size = model.config.vision.image_size
-    num_images = 1 if limits.deterministic else max_images_per_step(model.config, limits.max_step_tokens)
-    # Bias copies the logits, a filter sorts them, and log-probabilities are as many again.
+    num_blocks, longest = kv.k_LNPGD.shape[1] - 1, limits.max_model_len
+    size, num_images = model.config.vision.image_size, max_images_per_step(model.config, limits.max_step_tokens)
     sampling = SamplingParams(max_tokens=1, temperature=1.0, top_p=0.5, logit_bias={0: 0.0}, logprobs=True)
-    request = Request(id="largest", prompt=Prompt((0,) * length), sampling=sampling)
-    sequence = Sequence(request, list(request.prompt.token_ids), blocks=list(range(num_blocks)))
+    request = Request(id="largest", prompt=Prompt((0,) * longest), sampling=sampling)
+    # Longer than ``kv``: it reads the same blocks again and again.
+    blocks = [index % num_blocks for index in range(-(-longest // limits.block_size))]
+    sequence = Sequence(request, list(request.prompt.token_ids), blocks=blocks)
+
+    def run(slices: list[Slice]) -> Tensor:
+        batch = build_batch(slices, block_size=limits.block_size, scratch_block=num_blocks, device=device)
+        normed_TD: Tensor = model(model.embed(batch.token_ids_T), batch.positions_T, kv, batch.layout)
+        return normed_TD
+
+    def prompts(budget: int) -> list[Slice]:
+        lengths = [longest] * (budget // longest) + [budget % longest]
+        return [Slice(sequence, longest - length, length) for length in lengths if length]
+
     with torch.inference_mode():
-        model.encode_images(torch.zeros(num_images, size, size, 3, dtype=torch.uint8, device=device))
-        batch = build_batch(
-            [Slice(sequence, 0, length)], block_size=limits.block_size, scratch_block=num_blocks, device=device
-        )
-        hidden_TD = model(model.embed(batch.token_ids_T), batch.positions_T, kv, batch.layout)
-        logits_SV = model.logits(hidden_TD[: limits.max_running])
+        at_once = 1 if limits.deterministic else num_images
+        encoded_NLD = model.encode_images(torch.zeros(at_once, size, size, 3, dtype=torch.uint8, device=device))
+        kept = [encoded_NLD[index % at_once].clone() for index in range(num_images)]
+        del encoded_NLD
+        run(prompts(limits.max_step_tokens))
+        decodes = [Slice(sequence, longest - 1, 1)] * (limits.max_running - 1)
+        hidden_TD = run([*decodes, *prompts(limits.max_step_tokens - len(decodes))])
+        logits_SV = model.logits(hidden_TD[: limits.max_running].clone())
         choose_tokens(logits_SV, [sequence] * len(logits_SV))
-        del batch, hidden_TD, logits_SV
-        # Longer than ``kv``: it reads the same blocks again and again.
-        blocks = [index % num_blocks for index in range(-(-limits.max_model_len // limits.block_size))]
-        longest = Sequence(request, [0] * limits.max_model_len, blocks=blocks)
-        batch = build_batch(
-            [Slice(longest, limits.max_model_len - 1, 1)] * limits.max_running,
-            block_size=limits.block_size,
-            scratch_block=num_blocks,
-            device=device,
-        )
-        model(model.embed(batch.token_ids_T), batch.positions_T, kv, batch.layout)
+        del kept
 
 
 def _fit_to_cache(config: VlmConfig, settings: Settings, limits: EngineConfig, num_blocks: int) -> EngineConfig:
