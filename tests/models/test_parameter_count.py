@@ -2,15 +2,24 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from sightline_models.config import Normalization, VlmConfig, read_config
 from sightline_models.kv import KvPool
-from sightline_models.parameter_count import ITEM_BYTES, count_parameters, kv_bytes_per_token, weight_bytes
+from sightline_models.parameter_count import (
+    ITEM_BYTES,
+    QUANTIZED_BITS,
+    count_parameters,
+    kv_bytes_per_token,
+    weight_bytes,
+)
 from sightline_models.presets import PRESETS, demo_checkpoint, write_preset
+from sightline_models.tiny import write_checkpoint
 from sightline_models.vlm import Vlm
+from sightline_models.weights import load_vlm
 
 _NORMALIZATION = Normalization(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), rescale_factor=1 / 255)
 
@@ -51,9 +60,38 @@ def test_cache_arithmetic_equals_the_pools(precision: str) -> None:
     assert 16 * kv_bytes_per_token(decoder, precision) == a_block
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+        # Rows whose NF4 blocks are out of step, and one whose last block is short.
+        {"hidden_size": 36, "head_dim": 12, "num_heads": 3, "num_kv_heads": 1, "intermediate_size": 50},
+    ],
+)
+@pytest.mark.parametrize(
+    ("precision", "rest"), [*((p, p) for p in ITEM_BYTES), ("int8", "float32"), ("nf4", "bfloat16")]
+)
+def test_weights_weigh_what_was_planned(precision: str, rest: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    """To the byte, tables and scales among them."""
+    write_checkpoint(tmp_path, **changes)
+    config = read_config(tmp_path)
+    quantize = precision if precision in QUANTIZED_BITS else "none"
+    model = load_vlm(
+        tmp_path,
+        config,
+        _NORMALIZATION,
+        dtype=getattr(torch, rest),
+        device=torch.device("cpu"),
+        quantize=quantize,  # type: ignore[arg-type]
+    )
+    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    assert weight_bytes(config, precision, rest, on_cpu=True) == held
+
+
 def test_precisions_shrink_in_order(tmp_path: Path) -> None:
     write_preset("llava-1.5-7b", tmp_path)
-    count = count_parameters(read_config(tmp_path))
-    sizes = [weight_bytes(count, precision) / 2**30 for precision in ("float32", "bfloat16", "int8", "nf4")]
+    config = read_config(tmp_path)
+    sizes = [weight_bytes(config, precision) / 2**30 for precision in ("float32", "bfloat16", "int8", "nf4")]
     # 7.05 billion parameters, 6.48 billion of them in the decoder's linears.
     assert sizes == pytest.approx([26.27, 13.13, 7.10, 4.46], abs=0.01)

@@ -46,6 +46,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--device", metavar="DEVICE", help="plan for auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--quantize", choices=("none", "int8", "nf4"), help="plan for weights quantized at load")
     parser.add_argument(
+        "--gpu-memory",
+        metavar="SIZE",
+        help="plan for a limit such as 20GiB or, on a machine without a GPU, for a card of that size",
+    )
+    parser.add_argument(
         "--verify", action="store_const", const="true", help="load the model and compare quantized weights with its own"
     )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
@@ -54,7 +59,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(args: argparse.Namespace) -> int:
     """Exit code: 0 when the model can be served on this machine, 1 when not, 2 for settings that can't be used."""
     flags = {"model": args.model}
-    flags |= {name: given for name in ("device", "quantize", "verify") if (given := getattr(args, name, None))}
+    flags |= {
+        name: given for name in ("device", "quantize", "gpu_memory", "verify") if (given := getattr(args, name, None))
+    }
     try:
         settings = settings_table.load(flags)
     except SettingsError as error:
@@ -88,7 +95,11 @@ def examine(settings: Settings) -> Report:
         too_big = diagnosis.fit_finding(checkpoint, served, choice, settings, settings.model)
         findings += [too_big] if too_big else []
     verification = None
-    if settings.verify and checkpoint is not None and not any(finding.level == "problem" for finding in findings):
+    if settings.verify and choice.planned:
+        sentence = f"--verify loads the model, which it can't on {choice.device} that isn't there."
+        fix = f"{own_command()} doctor --verify without --gpu-memory checks on this machine's CPU"
+        findings.append(Finding(level="warning", sentence=sentence, fix=fix))
+    elif settings.verify and checkpoint is not None and not any(finding.level == "problem" for finding in findings):
         with LoadingProgress() as progress:
             verification = ask_engine(folder, settings, progress)
     return Report(
@@ -149,5 +160,5 @@ def is_port_taken(host: str, port: int) -> bool:
 
 
 def _fits(name: str, config: VlmConfig, choice: Choice, settings: Settings) -> list[Fit]:
-    kinds = precisions(choice.memory, gpu_bfloat16=choice.gpu is None or choice.gpu.bfloat16)
-    return [plan(name, config, precision, choice.memory, settings) for precision in kinds]
+    kinds = precisions(choice.memory, gpu_bfloat16=choice.bfloat16)
+    return [plan(name, config, precision, choice.memory, choice.bounds(settings)) for precision in kinds]

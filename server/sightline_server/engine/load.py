@@ -19,14 +19,14 @@ from sightline_models.config import VlmConfig, read_config
 from sightline_models.decoder import kernel_workload
 from sightline_models.images import read_preprocess_config
 from sightline_models.kv import KvPool
-from sightline_models.parameter_count import count_parameters
+from sightline_models.parameter_count import count_parameters, weight_bytes
 from sightline_models.quantization_config import Quantization, choose_quantization
 from sightline_models.vlm import Vlm
 from sightline_models.weights import load_vlm, random_vlm
 from sightline_server.engine.batch import build_batch
 from sightline_server.engine.blocks import BlockPool
 from sightline_server.engine.engine import Engine
-from sightline_server.engine.gpu_memory import Needs, gib, limit_memory, room_for_cache
+from sightline_server.engine.gpu_memory import Needs, gib, room_for_cache, why_too_little
 from sightline_server.engine.runner import Runner
 from sightline_server.engine.sampler import choose_tokens
 from sightline_server.engine.scheduler import Scheduler
@@ -113,9 +113,10 @@ def load_engine(folder: Path, settings: Settings, progress: Progress) -> tuple[E
         engine_config = _fit_to_cache(config, settings, limits, num_blocks)
         engine = assemble(model, engine_config, device=device, dtype=dtype, threads=threads)
     except torch.OutOfMemoryError as error:
+        size = gib(_planned_bytes(config, dtype, quantization))
         where = f"--gpu-memory {gib(settings.gpu_memory)}" if settings.gpu_memory else _device_name(device)
         raise SettingsError(
-            f"The weights in {_precision(dtype, quantization)} and one full step don't fit {where}. "
+            f"The weights in {_precision(dtype, quantization)} ({size}) and one full step don't fit {where}. "
             "Run 'sightline doctor' with this folder to see what would; --max-step-tokens lowers what a step needs."
         ) from error
     weights = [*model.parameters(), *model.buffers()]
@@ -190,6 +191,19 @@ def use_device(device: torch.device) -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+def limit_memory(limit: int, device: torch.device) -> None:
+    """Hold torch to ``limit`` bytes on ``device``; 0 is no limit. Call before anything is put there."""
+    if not limit:
+        return
+    if device.type != "cuda":
+        log.warning("--gpu-memory has no effect without a GPU; --cpu-cache-gb sizes the cache")
+        return
+    total = torch.cuda.mem_get_info(device)[1]
+    if limit > total:
+        raise SettingsError(f"--gpu-memory {gib(limit)} is more than the {gib(total)} of {device}: lower it.")
+    torch.cuda.set_per_process_memory_fraction(limit / total, device)
+
+
 def choose_dtype(name: str, config: VlmConfig, device: torch.device) -> torch.dtype:
     """The precision ``name`` stands for.
 
@@ -228,6 +242,11 @@ def choose_kernels(
 def _precision(dtype: torch.dtype, quantization: Quantization) -> str:
     name = str(dtype).removeprefix("torch.")
     return name if quantization == "none" else f"{quantization} and {name}"
+
+
+def _planned_bytes(config: VlmConfig, dtype: torch.dtype, quantization: Quantization) -> int:
+    rest = str(dtype).removeprefix("torch.")
+    return weight_bytes(config, rest if quantization == "none" else quantization, rest)
 
 
 def _device_name(device: torch.device) -> str:
@@ -275,6 +294,8 @@ def count_blocks(model: Vlm, settings: Settings, device: torch.device, dtype: to
             encoder_cache=limits.encoder_cache_bytes,
             smallest_cache=(-(-least // limits.block_size) + 1) * a_block,
         )
+        if refusal := why_too_little(settings.gpu_memory, free, needs):
+            raise SettingsError(refusal)
         return room_for_cache(settings.gpu_memory, free, needs) // a_block - 1
     # What others hold, and what torch holds outside tensors, counts against our share too.
     left = int(total * settings.gpu_memory_utilization) - (total - free)

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from sightline_models.config import CheckpointError, VlmConfig
 from sightline_models.images import ImageError
-from sightline_models.parameter_count import count_parameters
-from sightline_models.parameter_count import weight_bytes as planned_bytes
+from sightline_models.parameter_count import weight_bytes
 from sightline_models.quantization_config import Quantization
 from sightline_models.tokenizer import TokenizerError
 from sightline_models.vlm import Vlm
@@ -69,8 +68,9 @@ def ask_unquantized(subject: Subject, make: Callable[[], Vlm]) -> Answered | Fai
     """What the unquantized model answers, loaded by ``make`` and let go; None where there is none to ask."""
     if subject.why_alone is not None:
         return None
-    needed = planned_bytes(count_parameters(subject.config), str(subject.dtype).removeprefix("torch."))
-    if subject.device.type == "cpu" and needed > (free := _free_memory()):
+    on_cpu = subject.device.type == "cpu"
+    needed = weight_bytes(subject.config, str(subject.dtype).removeprefix("torch."), on_cpu=on_cpu)
+    if on_cpu and needed > (free := _free_memory()):
         # Tried all the same, it may end this process: a full machine has no exception to raise.
         return Failure(_too_large(needed, f"{_gib(free)} are free"))
     result = _guarded(lambda: _ask(make(), subject, None), _too_large(needed, f"{subject.device} is too full"))
