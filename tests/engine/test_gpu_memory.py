@@ -4,8 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from engines import Album, make_prompt, make_request, picture, run
 
+from sightline_models.config import read_config
 from sightline_models.kv import KvPool
+from sightline_models.parameter_count import kv_bytes_per_token
+from sightline_models.presets import demo_checkpoint
 from sightline_models.vlm import Vlm
 from sightline_server.engine import gpu_memory, load
 from sightline_server.engine.gpu_memory import Needs, room_for_cache, why_too_little
@@ -102,3 +106,32 @@ def test_weights_and_step_beyond_the_limit_stop_the_start(tiny: Vlm, monkeypatch
     settings = Settings(gpu_memory=GIB, max_model_len=10**6)
     with pytest.raises(SettingsError, match=r"a cache for one request 0\.48 GiB"):
         load.count_blocks(tiny, settings, CUDA, torch.float32, LIMITS)
+
+
+@pytest.mark.gpu
+def test_an_engine_on_a_gpu_checks_its_weights_and_stays_under_its_limit() -> None:
+    limit = 4 * GIB
+    settings = Settings(device="cuda", gpu_memory=limit, quantize="nf4", verify=True)
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        engine, info = load.load_engine(demo_checkpoint(), settings, lambda stage, share: None)
+        assert torch.cuda.max_memory_reserved() <= limit
+        assert info.verification is not None
+        assert info.verification.outcome == "compared", info.verification.message
+        assert info.verification.mean_kl is not None
+        assert 0 < info.verification.mean_kl < 0.05
+        used = (
+            info.num_blocks * info.block_size * kv_bytes_per_token(read_config(demo_checkpoint()).decoder, info.dtype)
+        )
+        assert used > limit // 4, "the cache is what the limit leaves"
+        album, model = Album(), engine._runner._model
+        size = model.config.vision.image_size
+        requests = [
+            make_request(f"r{i}", make_prompt(model, album, [20, picture(size, i), 9], seed=i), max_tokens=40)
+            for i in range(64)
+        ]
+        answers = run(engine, requests, album)
+        assert all(len(answer.token_ids) == 40 for answer in answers.values())
+        assert torch.cuda.max_memory_reserved() <= limit
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

@@ -11,6 +11,7 @@ from engines import Album, make_prompt, make_request, picture, run
 from live_bytes import LiveBytes
 
 from sightline_kernels.dispatch import REFERENCES
+from sightline_kernels.layout import PagedLayout
 from sightline_kernels.paged_attention import reference as paged_attention
 from sightline_models.kv import KvPool
 from sightline_models.presets import write_preset
@@ -31,24 +32,40 @@ LIMITS = EngineConfig(
 
 
 def test_the_largest_step_runs_within_its_cache(tiny: Vlm, monkeypatch: pytest.MonkeyPatch) -> None:
+    kv = KvPool.allocate(
+        tiny.config.decoder, num_blocks=17, block_size=4, dtype=torch.float32, device=torch.device("cpu")
+    )
+    memory = LiveBytes([*tiny.parameters(), *tiny.buffers(), kv.k_LNPGD, kv.v_LNPGD])
     rows: list[tuple[str, int]] = []
+    layouts: list[PagedLayout] = []
+    held: list[int] = []
     for name in ("encode_images", "forward", "logits"):
         true = getattr(Vlm, name)
 
         def counted(self: Vlm, first: torch.Tensor, *rest: Any, name: str = name, true: Any = true) -> torch.Tensor:
             rows.append((name, len(first)))
+            if name == "forward":
+                layouts.append(rest[-1])
+                held.append(memory.live - first.nbytes)
             made: torch.Tensor = true(self, first, *rest)
             return made
 
         monkeypatch.setattr(Vlm, name, counted)
-    kv = KvPool.allocate(
-        tiny.config.decoder, num_blocks=17, block_size=4, dtype=torch.float32, device=torch.device("cpu")
-    )
-    load.run_largest_step(tiny, kv, LIMITS, torch.device("cpu"))
+    with memory:
+        load.run_largest_step(tiny, kv, LIMITS, torch.device("cpu"))
     images = load.max_images_per_step(tiny.config, 64)
     assert rows == [("encode_images", images), ("forward", 64), ("forward", 64), ("logits", 16)]
     assert kv.k_LNPGD[:, :16].abs().sum(-1).all()
     assert not kv.k_LNPGD[:, 16].any()
+    # A chunk that looks back at a whole context; then all but one decode at theirs, and a chunk in the rest.
+    assert [layout.query_lens for layout in layouts] == [(64,), (1,) * 15 + (49,)]
+    assert [layout.context_lens for layout in layouts] == [(128,), (128,) * 16]
+    # What was encoded lives on while the decoder runs.
+    assert min(held) >= images * tiny.config.num_image_tokens * tiny.config.decoder.hidden_size * 4
+
+    layouts.clear()
+    load.run_largest_step(tiny, kv, replace(LIMITS, max_model_len=50), torch.device("cpu"))
+    assert [layout.query_lens for layout in layouts] == [(50, 14), (1,) * 15 + (49,)]
 
 
 def steps_peak(model: Vlm, limits: EngineConfig, seed: int) -> int:

@@ -227,6 +227,29 @@ def test_an_unquantized_model_that_cannot_be_asked_is_a_named_result(
     assert found.served is not None, "the model that is served was timed all the same"
 
 
+def test_a_check_that_fails_in_the_middle_leaves_the_threads_as_they_were(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def fails_at_the_second_token(self: Vlm, hidden_SD: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.get_num_threads())
+        if len(seen) == 2:
+            raise IndexError("planted")
+        return self.decoder.logits(hidden_SD)
+
+    monkeypatch.setattr(Vlm, "logits", fails_at_the_second_token)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = verify.verify(subject_of(tiny_folder), made(tiny_folder, "nf4"), None)
+        assert found.message.startswith("The check failed with IndexError")
+        assert seen == [2, 1], "one row is computed with one thread"
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_model_larger_than_the_free_memory_is_not_even_tried(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

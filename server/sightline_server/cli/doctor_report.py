@@ -155,7 +155,7 @@ class Report:
         console.print(Text(title, style="bold"))
         table = Table(box=box.SIMPLE_HEAD, pad_edge=True, header_style="")
         table.add_column("model", overflow="fold")
-        table.add_column("precision")
+        table.add_column("kept in")
         for name in ("weights", "needs", "tokens", "at once"):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("fits", no_wrap=True)

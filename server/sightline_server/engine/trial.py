@@ -114,16 +114,18 @@ def answer(
 
     ``scored`` are the answers to score, its own where there are none given.
     """
-    path = _Path(model, cases, limits, device)
-    with torch.inference_mode():
-        # The first time, kernels are compiled and libraries set themselves up.
-        path.decode(cases[0])
-        path.prompt_speeds.clear()
-        path.decode_speeds.clear()
-        answers = [_until_end(path.decode(case), end) for case in cases]
-        wanted = answers if scored is None else scored
-        logits_PV = tuple(path.score(case, tokens) for case, tokens in zip(cases, wanted, strict=True))
-        path.restore_threads()
+    path, threads = _Path(model, cases, limits, device), torch.get_num_threads()
+    try:
+        with torch.inference_mode():
+            # The first time, kernels are compiled and libraries set themselves up.
+            path.decode(cases[0])
+            path.prompt_speeds.clear()
+            path.decode_speeds.clear()
+            answers = [_until_end(path.decode(case), end) for case in cases]
+            wanted = answers if scored is None else scored
+            logits_PV = tuple(path.score(case, tokens) for case, tokens in zip(cases, wanted, strict=True))
+    finally:
+        torch.set_num_threads(threads)
     pace = Pace(
         weight_bytes=weight_bytes(model),
         prompt_tokens_per_s=median(path.prompt_speeds),
@@ -215,9 +217,6 @@ class _Path:
         """As the engine's steps do: few rows get one."""
         if self._device.type == "cpu":
             torch.set_num_threads(1 if rows < FEW_ROWS else self._threads)
-
-    def restore_threads(self) -> None:
-        self._use_threads(FEW_ROWS)
 
     def _now(self) -> float:
         if self._device.type == "cuda":
