@@ -51,8 +51,8 @@ class Subject:
             return "The weights aren't quantized, so there is nothing to compare with: add --quantize int8 or nf4."
         if self.config.quantization != "none":
             return (
-                f"The checkpoint's weights are {self.quantization} on disk, so there is nothing to compare with: "
-                "the unquantized checkpoint with --quantize has."
+                f"The checkpoint's weights are {self.quantization} on disk, so there is nothing to compare with; to "
+                f"compare, take the unquantized checkpoint with --quantize {self.quantization}."
             )
         return None
 
