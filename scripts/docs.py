@@ -41,6 +41,8 @@ def _default(row: Row) -> str:
         return ", ".join(f"`{value}`" for value in row.default) or "none"
     if row.kind is bool:
         return "on" if row.default else "off"
+    if row.is_size:
+        return "none"
     return f"`{row.default}`" if row.default != "" else "none"
 
 
@@ -51,6 +53,8 @@ def _values(row: Row) -> str:
         return "`true`, `false`"
     if row.kind is str:
         return "text; several: the flag again, or commas" if row.many else "text"
+    if row.is_size:
+        return "size: `20GiB`, `16000MB`, bytes"
     noun = "whole number" if row.kind is int else "number"
     if row.minimum is not None and row.maximum is not None:
         return f"{noun}, {row.minimum:g} to {row.maximum:g}"

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from sightline_models.config import CheckpointError
@@ -19,6 +20,7 @@ from sightline_server.engine.types import (
     Request,
     TokenEvent,
     Usage,
+    Verification,
 )
 from sightline_server.settings import Settings
 
@@ -152,6 +154,15 @@ def loads_once(folder: Path, settings: Settings, progress: Progress) -> tuple[Co
     if count == 1:
         raise CheckpointError("The second start fails.")
     return CountingEngine(0.005), INFO
+
+
+def verifies(folder: Path, settings: Settings, progress: Progress) -> tuple[CountingEngine, EngineInfo]:
+    """Checks its weights when told to; marks ``folder``, and fails to do so a second time."""
+    if not settings.verify:
+        return CountingEngine(0.005), INFO
+    (folder / "checked").touch(exist_ok=False)
+    found = Verification(outcome="failed", message="checked once", quantization="int8")
+    return CountingEngine(0.005), msgspec.structs.replace(INFO, verification=found)
 
 
 def tells_settings(folder: Path, settings: Settings, progress: Progress) -> tuple[CountingEngine, EngineInfo]:

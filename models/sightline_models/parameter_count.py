@@ -15,8 +15,16 @@ QUANTIZED_BITS: Mapping[str, float] = {"int8": 8.0, "nf4": 4.5}
 """Bits a weight of the decoder's linears takes: nf4 keeps a float32 scale for each 64 of them, int8 one a row, which is
 nothing. The rest of the model and the cache stay in a precision of ``ITEM_BYTES``."""
 
-COMPRESSED_BITS = 4 + 8 / 64 + 64 / (64 * 256)
-"""The same of nf4 whose scales are quantized too: eight bits for 64 weights, two float32 numbers for 256 of those."""
+_PICTURE_CONSTANTS_BYTES = 2 * 3 * 4
+"""Mean and deviation of three channels, in float32."""
+
+_NF4_BLOCK = 64
+_NF4_GROUP = 256
+"""Scales that share two float32 numbers of their own, where they are compressed to eight bits."""
+_NF4_MAP_BYTES = 256 * 4
+"""What each eight bits of a scale stand for, kept by every layer of compressed scales."""
+_NF4_TABLE_BYTES = 256 * 2 * 4
+"""What each byte of two numbers stands for, kept by every NF4 layer."""
 
 
 @dataclass(frozen=True)
@@ -54,27 +62,71 @@ def count_parameters(config: VlmConfig) -> ParameterCount:
 
 
 def weight_bytes(
-    count: ParameterCount,
-    precision: str,
-    rest: str = "bfloat16",
-    *,
-    vision: bool = False,
-    compressed_scales: bool = False,
+    config: VlmConfig, precision: str, rest: str = "bfloat16", *, on_cpu: bool = False, vision: bool = False
 ) -> int:
-    """Bytes of the weights at any precision; where it is one of ``QUANTIZED_BITS``, ``rest`` is that of all others.
+    """Bytes that a loaded model holds, to the byte: weights, rotary tables and the constants of its pictures.
 
-    ``vision`` and ``compressed_scales`` count only there: whether tower and projector are quantized, and nf4's scales.
+    Where ``precision`` is one of ``QUANTIZED_BITS`` it is that of the decoder's linears, and with ``vision`` of those
+    of tower and projector, and ``rest`` that of all else. A CPU multiplies with weights in an order of its own, so a
+    tied head is kept twice there.
     """
-    if precision in ITEM_BYTES:
-        return count.total * ITEM_BYTES[precision]
-    linears = count.decoder_linears + (count.vision_linears if vision else 0)
-    bits = COMPRESSED_BITS if compressed_scales and precision == "nf4" else QUANTIZED_BITS[precision]
-    return int(linears * bits / 8) + ITEM_BYTES[rest] * (count.total - linears)
+    count, decoder = count_parameters(config), config.decoder
+    rest = precision if precision in ITEM_BYTES else rest
+    kept, quantized = count.total, 0
+    if precision in QUANTIZED_BITS:
+        matrices = _decoder_matrices(decoder)
+        kept -= count.decoder_linears
+        if vision:
+            matrices += _vision_matrices(config)
+            kept -= count.vision_linears
+        compressed = config.compressed_scales
+        quantized = sum(_quantized_bytes(*matrix, precision, compressed) for matrix in matrices)
+    tables = 2 * decoder.max_position_embeddings * decoder.head_dim
+    if decoder.tie_word_embeddings and on_cpu and rest != "float16":
+        kept += decoder.vocab_size * decoder.hidden_size
+    return quantized + ITEM_BYTES[rest] * (kept + tables) + _PICTURE_CONSTANTS_BYTES
 
 
 def kv_bytes_per_token(decoder: DecoderConfig, precision: str) -> int:
     """Bytes that one token's keys and values take over all layers, at a precision of ``ITEM_BYTES``."""
     return 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim * ITEM_BYTES[precision]
+
+
+Matrix = tuple[tuple[int, ...], int]
+"""As it is kept: the rows of those that are one after another in it, and the columns."""
+
+
+def _decoder_matrices(decoder: DecoderConfig) -> list[Matrix]:
+    width, query, key = (
+        decoder.hidden_size,
+        decoder.num_heads * decoder.head_dim,
+        decoder.num_kv_heads * decoder.head_dim,
+    )
+    between = decoder.intermediate_size
+    layer: list[Matrix] = [((query, key, key), width), ((width,), query), ((between, between), width)]
+    return decoder.num_layers * [*layer, ((width,), between)]
+
+
+def _vision_matrices(config: VlmConfig) -> list[Matrix]:
+    width, between, projector = config.vision.hidden_size, config.vision.intermediate_size, config.projector
+    layer: list[Matrix] = [((width,) * 3, width), ((width,), width), ((between,), width), ((width,), between)]
+    return max(config.feature_depths) * layer + [
+        ((projector.out_size,), projector.in_size),
+        ((projector.out_size,), projector.out_size),
+    ]
+
+
+def _quantized_bytes(parts: tuple[int, ...], columns: int, scheme: str, compressed: bool) -> int:
+    if scheme == "int8":
+        return sum(parts) * (columns + 4)
+    blocks = [-(-rows * columns // _NF4_BLOCK) for rows in parts]
+    if any(rows * columns % _NF4_BLOCK for rows in parts[:-1]):
+        # Blocks that aren't in step can't be kept as one matrix.
+        return sum(_quantized_bytes((rows,), columns, scheme, compressed) for rows in parts)
+    scales = 4 * sum(blocks)
+    if compressed and all(count % _NF4_GROUP == 0 for count in blocks[:-1]):
+        scales = sum(blocks) + 8 * -(-sum(blocks) // _NF4_GROUP) + _NF4_MAP_BYTES
+    return -(-sum(parts) * columns // 2) + scales + _NF4_TABLE_BYTES
 
 
 def _attention(decoder: DecoderConfig) -> int:

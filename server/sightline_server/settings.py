@@ -5,6 +5,7 @@ Nothing else in the project reads the environment. An unknown or bad value stops
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -14,6 +15,14 @@ ENV_PREFIX = "SIGHTLINE_"
 LARGEST_NUMBER = 1e9
 """Where a row has no maximum of its own. No setting has a use for more, and what doesn't fit 64 bits can't be sent to
 the engine."""
+
+_UNITS = {"": 1, "b": 1} | {
+    f"{letter}{ending}": base**power
+    for power, letter in enumerate("kmgt", start=1)
+    for ending, base in (("b", 1000), ("ib", 1024))
+}
+_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,6})?) ?([a-zA-Z]*)")
+_LARGEST_SIZE = 2**50
 
 
 class SettingsError(ValueError):
@@ -29,6 +38,7 @@ def _row(
     maximum: float | None = None,
     metavar: str | None = None,
     secret: bool = False,
+    is_size: bool = False,
 ) -> Any:
     metadata = {
         "help": help,
@@ -37,6 +47,7 @@ def _row(
         "maximum": maximum,
         "metavar": metavar,
         "secret": secret,
+        "is_size": is_size,
     }
     return field(default=default, metadata=metadata)
 
@@ -72,6 +83,12 @@ class Settings:
     quantize_vision: bool = _row(
         False, "Quantize the vision tower and projector too; needs --quantize.", section="Model"
     )
+    verify: bool = _row(
+        False,
+        "At the start, compare quantized weights with the unquantized ones on a few drawn pictures, and tell how far "
+        "the answers are apart. Loads both, one after the other.",
+        section="Model",
+    )
     max_model_len: int = _row(
         0, "Longest prompt plus answer, in tokens. 0: what the checkpoint allows.", section="Model", minimum=0
     )
@@ -102,6 +119,15 @@ class Settings:
         section="Engine",
         minimum=0.05,
         maximum=0.98,
+    )
+    gpu_memory: int = _row(
+        0,
+        "Most GPU memory for weights, activations and cache, instead of a share. Torch is held to it; what the driver "
+        "takes for itself, some hundred MiB, comes on top.",
+        section="Engine",
+        minimum=2**26,
+        metavar="SIZE",
+        is_size=True,
     )
     cpu_cache_gb: float = _row(1.0, "Memory for the key/value cache on a CPU, in GiB.", section="Engine", minimum=0.001)
     encoder_cache_mb: float = _row(
@@ -180,6 +206,8 @@ class Row:
     section: str
     metavar: str | None
     secret: bool
+    is_size: bool
+    """Bytes, written with a unit; 0 is none."""
     minimum: float | None
     maximum: float | None
 
@@ -215,6 +243,8 @@ class Row:
             return text
         if self.kind is str:
             return text
+        if self.is_size:
+            return self._parse_size(text, source)
         try:
             number = self.kind(text)
         except ValueError:
@@ -226,6 +256,21 @@ class Row:
         if number > maximum:
             raise SettingsError(f"{source} must be at most {maximum:g}, not {text}.")
         return number
+
+    def _parse_size(self, text: str, source: str) -> int:
+        if text.strip() in ("", "0"):
+            return 0
+        written = _SIZE.fullmatch(text.strip())
+        factor = _UNITS.get(written[2].lower()) if written else None
+        if written is None or factor is None:
+            raise SettingsError(f"{source} must be a size such as 20GiB, 16000MB or a number of bytes, not {text!r}.")
+        size = int(float(written[1]) * factor)
+        least = int(self.minimum or 1)
+        if size < least:
+            raise SettingsError(f"{source} must be at least {least // 2**20}MiB, not {text!r}; 20GiB is a size.")
+        if size > _LARGEST_SIZE:
+            raise SettingsError(f"{source} is more than any machine has: {text!r}; 20GiB is a size.")
+        return size
 
 
 def rows() -> tuple[Row, ...]:
@@ -285,6 +330,10 @@ def _check_together(settings: Settings) -> None:
     device = settings.device
     if device not in ("auto", "cpu", "cuda") and not (device.startswith("cuda:") and device[5:].isdigit()):
         raise SettingsError(f"--device must be auto, cpu, cuda or cuda:N, not {device!r}.")
+    if settings.gpu_memory and device == "cpu":
+        raise SettingsError("--gpu-memory is for a GPU: with --device cpu, --cpu-cache-gb sizes the cache.")
+    if settings.gpu_memory and settings.gpu_memory_utilization != Settings.gpu_memory_utilization:
+        raise SettingsError("--gpu-memory and --gpu-memory-utilization exclude each other: give one.")
 
 
 def describe(settings: Settings) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 
 from sightline_models.tiny import write_checkpoint
@@ -29,6 +30,28 @@ def test_a_server_of_quantized_random_weights_answers(scheme: str, start_server:
     answers = [httpx.post(server.url + "/v1/chat/completions", json=body, timeout=120).json() for _ in range(2)]
     assert answers[0]["usage"]["completion_tokens"] == 12
     assert answers[0]["choices"][0]["message"]["content"] == answers[1]["choices"][0]["message"]["content"]
+
+
+def test_a_server_that_checks_its_weights_tells_what_it_found(start_server: Callable[..., Any]) -> None:
+    """At the start, and to a client that asks for the model."""
+    server = start_server(
+        "--random", "tiny", "--quantize", "nf4", "--verify", "--threads", "1", "--cpu-cache-gb", "0.05"
+    )
+    server.wait_until_told_ready()
+    assert "checked    nf4 against unquantized weights, 8 questions about drawn pictures" in server.stdout
+    assert "loading the unquantized weights" in server.stderr
+    client = openai.OpenAI(base_url=server.url + "/v1", api_key="none")
+    model = client.models.retrieve("random-tiny")
+    assert (model.id, model.owned_by) == ("random-tiny", "sightline")
+    assert [listed.id for listed in client.models.list()] == ["random-tiny"]
+    assert model.model_extra is not None
+    found = model.model_extra["verification"]
+    assert (found["outcome"], found["quantization"], found["num_answers"]) == ("compared", "nf4", 8)
+    assert 0 < found["mean_kl"] < found["worst_kl"]
+    assert 0 < found["top1_agreement"] <= 1
+    assert found["served"]["weight_bytes"] < found["unquantized"]["weight_bytes"]
+    assert min(found[whose]["decode_tokens_per_s"] for whose in ("served", "unquantized")) > 0
+    assert "KL divergence" in found["message"]
 
 
 def test_a_checkpoint_quantized_otherwise_stops_the_start_with_a_sentence(tmp_path: Path) -> None:

@@ -359,6 +359,18 @@ async def test_a_later_start_that_fails_is_tried_again(make_engine: MakeEngine, 
     assert tokens_of(await collect(engine, request("next"))) == [0, 1, 2, 3, 4]
 
 
+async def test_weights_that_were_checked_are_not_checked_again(make_engine: MakeEngine, tmp_path: Path) -> None:
+    engine = await started(make_engine("verifies", settings=Settings(verify=True), folder=tmp_path))
+    assert engine.pid is not None
+    os.kill(engine.pid, signal.SIGKILL)
+    await eventually(lambda: engine.restarts == 1)
+    await engine.wait_ready(START_S)
+    assert (tmp_path / "checked").is_file()
+    assert engine.info is not None
+    assert engine.info.verification is not None
+    assert engine.info.verification.message == "checked once"
+
+
 async def test_the_engine_process_is_told_its_settings_but_no_secret(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,16 +1,22 @@
 """How a cache is sized and a GPU made ready, shown without a GPU."""
 
+import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from engines import Album, make_prompt, make_request, picture, run
+from live_bytes import LiveBytes
 
 from sightline_kernels.dispatch import REFERENCES
+from sightline_kernels.layout import PagedLayout
+from sightline_kernels.paged_attention import reference as paged_attention
 from sightline_models.kv import KvPool
 from sightline_models.presets import write_preset
 from sightline_models.vlm import Vlm
-from sightline_server.engine import load
+from sightline_server.engine import load, sizing
 from sightline_server.engine.types import EngineConfig
 from sightline_server.settings import Settings, SettingsError
 
@@ -26,24 +32,81 @@ LIMITS = EngineConfig(
 
 
 def test_the_largest_step_runs_within_its_cache(tiny: Vlm, monkeypatch: pytest.MonkeyPatch) -> None:
+    kv = KvPool.allocate(
+        tiny.config.decoder, num_blocks=17, block_size=4, dtype=torch.float32, device=torch.device("cpu")
+    )
+    memory = LiveBytes([*tiny.parameters(), *tiny.buffers(), kv.k_LNPGD, kv.v_LNPGD])
     rows: list[tuple[str, int]] = []
+    layouts: list[PagedLayout] = []
+    held: list[int] = []
     for name in ("encode_images", "forward", "logits"):
         true = getattr(Vlm, name)
 
         def counted(self: Vlm, first: torch.Tensor, *rest: Any, name: str = name, true: Any = true) -> torch.Tensor:
             rows.append((name, len(first)))
+            if name == "forward":
+                layouts.append(rest[-1])
+                held.append(memory.live - first.nbytes)
             made: torch.Tensor = true(self, first, *rest)
             return made
 
         monkeypatch.setattr(Vlm, name, counted)
+    with memory:
+        sizing.run_largest_step(tiny, kv, LIMITS, torch.device("cpu"))
+    images = sizing.max_images_per_step(tiny.config, 64)
+    assert rows == [("encode_images", images), ("forward", 64), ("forward", 64), ("logits", 16)]
+    assert kv.k_LNPGD[:, :16].abs().sum(-1).all()
+    assert not kv.k_LNPGD[:, 16].any()
+    # A chunk that looks back at a whole context; then all but one decode at theirs, and a chunk in the rest.
+    assert [layout.query_lens for layout in layouts] == [(64,), (1,) * 15 + (49,)]
+    assert [layout.context_lens for layout in layouts] == [(128,), (128,) * 16]
+    # What was encoded lives on while the decoder runs.
+    assert min(held) >= images * tiny.config.num_image_tokens * tiny.config.decoder.hidden_size * 4
+
+    layouts.clear()
+    sizing.run_largest_step(tiny, kv, replace(LIMITS, max_model_len=50), torch.device("cpu"))
+    assert [layout.query_lens for layout in layouts] == [(50, 14), (1,) * 15 + (49,)]
+
+
+def steps_peak(model: Vlm, limits: EngineConfig, seed: int) -> int:
+    """The most bytes that the steps of a mixed run held, beside weights and cache."""
+    album, size = Album(), model.config.vision.image_size
+    rng = random.Random(seed)
+    asked: dict[str, Any] = {"temperature": 1.0, "top_p": 0.5, "logit_bias": {0: 0.0}, "logprobs": True}
+    requests = []
+    for index in range(40):
+        parts: list[Any] = [rng.randint(1, 12)]
+        for _ in range(rng.randint(0, 4)):
+            parts += [picture(size, rng.randint(0, 30)), rng.randint(1, 6)]
+        prompt = make_prompt(model, album, parts, seed=index)
+        tokens = rng.choice([1, 20, limits.max_model_len - len(prompt.token_ids)])
+        requests.append(make_request(f"r{index}", prompt, seed=index, **asked | {"max_tokens": tokens}))
+    engine = load.assemble(model, limits, device=torch.device("cpu"), dtype=torch.float32)
+    kv = engine._runner._kv
+    with LiveBytes([*model.parameters(), *model.buffers(), kv.k_LNPGD, kv.v_LNPGD]) as memory:
+        run(engine, requests, album)
+    return memory.peak
+
+
+@pytest.mark.parametrize("limits", [LIMITS, replace(LIMITS, max_model_len=50), replace(LIMITS, max_running=4)])
+@pytest.mark.parametrize("path", ["cpu", "gpu"])
+def test_no_step_needs_more_memory_than_the_largest(
+    path: str, tiny: Vlm, limits: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pictures, prompts in chunks, decodes at their contexts' ends and all of sampling, against what was measured."""
+    if path == "gpu":
+        monkeypatch.setattr(paged_attention, "can_attend_in_place", lambda *_arguments: False)
+        monkeypatch.setattr(paged_attention, "can_attend_by_blocks", lambda *_arguments: False)
     kv = KvPool.allocate(
         tiny.config.decoder, num_blocks=17, block_size=4, dtype=torch.float32, device=torch.device("cpu")
     )
-    load.run_largest_step(tiny, kv, LIMITS, torch.device("cpu"))
-    images = load.max_images_per_step(tiny.config, 64)
-    assert rows == [("encode_images", images), ("forward", 64), ("logits", 16), ("forward", 16)]
-    assert kv.k_LNPGD[:, :16].abs().sum(-1).all()
-    assert not kv.k_LNPGD[:, 16].any()
+    with LiveBytes([*tiny.parameters(), *tiny.buffers(), kv.k_LNPGD, kv.v_LNPGD]) as memory:
+        sizing.run_largest_step(tiny, kv, limits, torch.device("cpu"))
+    an_image = tiny.config.num_image_tokens * tiny.config.decoder.hidden_size * 4
+    limits = replace(limits, num_blocks=400, encoder_cache_bytes=8 * an_image)
+    peaks = [steps_peak(tiny, limits, seed) for seed in range(2)]
+    assert max(peaks) <= memory.peak + limits.encoder_cache_bytes
+    assert max(peaks) > 0.4 * memory.peak, "the run came nowhere near the largest step, so it shows nothing"
 
 
 def test_a_gpus_cache_is_its_share_less_what_others_hold_and_a_step_needs(
@@ -59,14 +122,16 @@ def test_a_gpus_cache_is_its_share_less_what_others_hold_and_a_step_needs(
     def step(*_arguments: Any) -> None:
         peak[0] = allocated[0] + 700_000
 
-    monkeypatch.setattr(load, "_allocate_cache", allocate)
-    monkeypatch.setattr(load, "run_largest_step", step)
+    monkeypatch.setattr(sizing, "allocate_cache", allocate)
+    monkeypatch.setattr(sizing, "run_largest_step", step)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (6_000_000, 10_000_000))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated[0])
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: allocated[0] + 50_000)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak[0])
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: peak[0] + 90_000)
     settings = Settings(gpu_memory_utilization=0.9)
-    blocks = load.count_blocks(tiny, settings, torch.device("cuda:0"), torch.float32, LIMITS)
+    blocks = sizing.count_blocks(tiny, settings, torch.device("cuda:0"), torch.float32, LIMITS)
     a_block = KvPool.bytes_per_block(tiny.config.decoder, block_size=4, dtype=torch.float32)
     assert blocks == (9_000_000 - 4_000_000 - 700_000 - 2**20) // a_block - 1
 

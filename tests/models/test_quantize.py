@@ -1,10 +1,8 @@
 """Quantizing as weights are read: logits are those of bitsandbytes' own weights, outliers included, and memory."""
 
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,10 +16,10 @@ from bitsandbytes_oracle import (
     quantize_linears,
     with_their_layers,
 )
+from live_bytes import LiveBytes
 from oracle import CLIP_NORMALIZATION, load, make_case, reference_logits, save_random
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlavaForConditionalGeneration
 
 from sightline_kernels.dispatch import REFERENCES
@@ -198,35 +196,6 @@ def test_random_weights_are_drawn_the_same_and_then_quantized(scheme: Quantizati
     assert sum(p.nbytes for p in (*quantized.parameters(), *quantized.buffers())) < sum(
         p.nbytes for p in (*plain.parameters(), *plain.buffers())
     )
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages that operations made and that are still alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.seen: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, Tensor) and tensor.device.type == "cpu" and not tensor.is_mkldnn:
-                self._note(tensor.untyped_storage())
-        return result
-
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.seen:
-            return
-        self.seen.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._freed, key, size)
-
-    def _freed(self, key: int, size: int) -> None:
-        self.seen.discard(key)
-        self.live -= size
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -1,26 +1,21 @@
 """`sightline doctor`: facts read from files, verdicts from planned machines, and the command on this one."""
 
-import functools
 import io
 import json
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from planned_machines import GIB, GPU_MACHINE, NO_GPU, WITH_GPU, examined, machine, torch_gpu
 from rich.console import Console
 
 from sightline_models.parameter_count import kv_bytes_per_token
 from sightline_models.presets import demo_checkpoint, write_preset
 from sightline_models.tiny import write_checkpoint
-from sightline_server import settings as settings_table
-from sightline_server.cli import cgroups, diagnosis, doctor
-from sightline_server.cli.fit import Memory, plan, precisions
+from sightline_server.cli import diagnosis, doctor
 from sightline_server.cli.machine import (
     DriverGpu,
-    Machine,
-    TorchGpu,
     TorchView,
     read_cpuinfo,
     read_machine,
@@ -28,66 +23,8 @@ from sightline_server.cli.machine import (
     read_probe,
 )
 from sightline_server.cli.terminal import size
-from sightline_server.engine.types import EngineInfo
+from sightline_server.engine import cgroups
 from sightline_server.settings import Settings
-
-GIB = 2**30
-
-DRIVER_GPU = DriverGpu(name="NVIDIA A10", total_bytes=24 * GIB, driver="550.54", capability="8.6")
-
-
-def machine(**changes):
-    facts = {
-        "cpu": "Some CPU",
-        "architecture": "x86_64",
-        "cores": 8,
-        "allowed_cores": 8,
-        "cpu_quota": None,
-        "features": ("AVX2",),
-        "memory_total": 64 * GIB,
-        "memory_free": 48 * GIB,
-        "memory_limited": False,
-        "driver_gpus": (),
-        "nvidia_devices": 0,
-        "open_files": 4096,
-        "in_container": False,
-    }
-    return Machine(**facts | changes)
-
-
-def torch_gpu(**changes):
-    facts = {
-        "index": 0,
-        "name": "NVIDIA A10",
-        "total_bytes": 24 * GIB,
-        "free_bytes": 23 * GIB,
-        "capability": "8.6",
-        "bfloat16": True,
-        "error": None,
-    }
-    return TorchGpu(**facts | changes)
-
-
-SHAPES = functools.cache(doctor.read_shape)
-
-NO_GPU = TorchView(error=None, cuda_build="13.2", reason="Found no NVIDIA driver")
-WITH_GPU = TorchView(error=None, cuda_build="13.2", gpus=(torch_gpu(),))
-GPU_MACHINE = {"driver_gpus": (DRIVER_GPU,), "nvidia_devices": 1}
-
-
-def examined(monkeypatch, found, torch, *, model="", device="auto", environ=None):
-    """The doctor's report on a planned machine."""
-
-    class Probe:
-        def result(self):
-            return torch
-
-    monkeypatch.setattr(doctor, "read_machine", lambda: found)
-    monkeypatch.setattr(doctor, "TorchProbe", Probe)
-    monkeypatch.setattr(doctor, "is_port_taken", lambda host, port: False)
-    monkeypatch.setattr(doctor, "read_shape", SHAPES)
-    return doctor.examine(settings_table.load({"model": str(model), "device": device}, environ or {}))
-
 
 # Facts
 
@@ -171,56 +108,6 @@ def test_size(number, shown):
     assert size(number) == shown
 
 
-# What fits
-
-
-@pytest.fixture(scope="module")
-def shape_7b(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shape") / "llava-1.5-7b"
-    write_preset("llava-1.5-7b", folder)
-    return doctor.read_config(folder)
-
-
-def test_a_gpu_holds_weights_step_and_cache(shape_7b):
-    memory = Memory(is_gpu=True, total=24 * GIB, free=23 * GIB)
-    fit = plan("m", shape_7b, "bfloat16", memory, Settings())
-    assert fit.fits
-    assert fit.kv_bytes_per_token == 512 * 1024
-    held = fit.weight_bytes + fit.cache_tokens * fit.kv_bytes_per_token
-    assert 0.80 * 24 * GIB < held + GIB < 0.9 * 24 * GIB
-    assert not plan("m", shape_7b, "float32", memory, Settings()).fits
-    crowded = plan("m", shape_7b, "bfloat16", Memory(is_gpu=True, total=24 * GIB, free=12 * GIB), Settings())
-    assert (crowded.fits, crowded.cache_tokens, crowded.max_context) == (False, 0, 0)
-
-
-def test_a_cpu_holds_the_cache_that_is_set(shape_7b):
-    memory = Memory(is_gpu=False, total=32 * GIB, free=20 * GIB)
-    fit = plan("m", shape_7b, "bfloat16", memory, Settings())
-    assert fit.fits
-    assert fit.cache_tokens == 2048 - 16
-    assert fit.max_context == fit.cache_tokens
-    assert not plan("m", shape_7b, "bfloat16", memory, Settings(cpu_cache_gb=6.0)).fits
-    assert not plan("m", shape_7b, "bfloat16", memory, Settings(max_model_len=4096)).fits
-
-
-def test_the_plan_is_what_the_engine_does():
-    """The true engine's figures on a CPU, where nothing is estimated."""
-    from sightline_server.engine.load import load_engine
-
-    settings = Settings(device="cpu", cpu_cache_gb=0.01)
-    _, info = load_engine(demo_checkpoint(), settings, lambda stage, share: None)
-    assert isinstance(info, EngineInfo)
-    memory = Memory(is_gpu=False, total=64 * GIB, free=64 * GIB)
-    fit = plan("demo", doctor.read_config(demo_checkpoint()), "float32", memory, settings)
-    assert (fit.cache_tokens, fit.max_context) == (info.kv_tokens, info.max_model_len)
-
-
-def test_precisions_of_an_old_gpu():
-    gpu = Memory(is_gpu=True, total=1, free=1)
-    assert precisions(gpu, gpu_bfloat16=False) == ("float32", "float16", "int8", "nf4")
-    assert precisions(gpu, gpu_bfloat16=True)[1] == "bfloat16"
-
-
 # Verdicts
 
 
@@ -298,26 +185,6 @@ def test_limits_of_the_process(monkeypatch):
     assert report.can_serve
     quiet = examined(monkeypatch, machine(cpu_quota=1.5), NO_GPU, environ={"SIGHTLINE_THREADS": "1"})
     assert quiet.findings == ()
-
-
-def test_a_model_too_big_gets_the_flags_that_help(monkeypatch, shape_7b):
-    settings = Settings(device="cpu")
-    checkpoint = diagnosis.Checkpoint(
-        name="m", folder=Path("m"), config=shape_7b, disk_bytes=14 * GIB, num_files=3
-    )  # fmt: skip
-
-    def advice(free):
-        choice = diagnosis.choose(machine(memory_free=free), NO_GPU, settings)
-        fit = plan("m", shape_7b, "float32", choice.memory, settings)
-        finding = diagnosis.fit_finding(checkpoint, fit, choice, settings, "/m")
-        return finding and finding.fix
-
-    assert advice(40 * GIB) is None
-    assert advice(20 * GIB) == "sightline serve /m --dtype bfloat16"
-    assert advice(15 * GIB) == "sightline serve /m --dtype bfloat16 --cpu-cache-gb 0.5"
-    assert advice(11 * GIB) == "sightline serve /m --dtype bfloat16 --quantize int8"
-    assert advice(8 * GIB) == "sightline serve /m --dtype bfloat16 --quantize nf4"
-    assert "smaller model" in advice(4 * GIB)
 
 
 def test_a_quantized_model_is_planned_as_it_would_be_served(monkeypatch, tmp_path):

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from sightline_server import settings as settings_table
@@ -20,7 +21,7 @@ from sightline_server.cli import serve
 from sightline_server.cli.announce import LoadingProgress, ReadyServer
 from sightline_server.cli.lifetime import ServeError, listen
 from sightline_server.cli.main import COMMANDS, Parser, main
-from sightline_server.engine.types import EngineInfo
+from sightline_server.engine.types import EngineInfo, Pace, Verification
 from sightline_server.errors import ServerFault
 
 
@@ -243,6 +244,37 @@ def test_the_block_states_the_facts() -> None:
     assert "http://127.0.0.1:8000/v1" in block
     assert "not needed\n" in block
     assert "float32 (as --dtype float32 asks)" in ready_server(asked_dtype="float32").block()
+
+
+def test_the_block_tells_what_the_check_of_the_weights_found() -> None:
+    pace = Pace(weight_bytes=4 * 2**30, prompt_tokens_per_s=12_000.4, decode_tokens_per_s=51.0)
+    whole = Pace(weight_bytes=13 * 2**30, prompt_tokens_per_s=15_000.0, decode_tokens_per_s=40.0)
+    found = Verification(
+        outcome="compared",
+        message="",
+        quantization="nf4",
+        num_answers=8,
+        num_positions=143,
+        mean_kl=0.0123,
+        worst_kl=0.5,
+        top1_agreement=141 / 143,
+        served=pace,
+        unquantized=whole,
+    )
+    info = msgspec.structs.replace(ready_server().info, quantization="nf4", verification=found)
+    assert (
+        "  checked    nf4 against unquantized weights, 8 questions about drawn pictures\n"
+        "             KL divergence 0.012 nats a token, 0.5 at worst\n"
+        "             the same likeliest token at 141 of 143\n"
+        "             nf4: 4 GiB, 12,000 prompt and 51 answer tokens/s alone in the engine\n"
+        "             unquantized: 13 GiB, 15,000 prompt and 40 answer tokens/s alone in the engine\n"
+    ) in ready_server(info=info).block()
+    failed = Verification(outcome="failed", message="The check failed: planted.", quantization="nf4", served=pace)
+    block = ready_server(info=msgspec.structs.replace(info, verification=failed)).block()
+    assert (
+        "  checked    The check failed: planted.\n"
+        "             4 GiB, 12,000 prompt and 51 answer tokens/s alone in the engine\n"
+    ) in block
 
 
 @pytest.mark.parametrize(

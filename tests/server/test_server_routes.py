@@ -31,7 +31,7 @@ async def test_models() -> None:
     assert model["aliases"] == [ALIAS]
     assert model["max_model_len"] == model["context_length"] == 512
     assert model["architecture"]["input_modalities"] == ["text", "image"]
-    assert (model["dtype"], model["quantization"]) == ("float32", "none")
+    assert (model["dtype"], model["quantization"], model["verification"]) == ("float32", "none", None)
     assert model["default_sampling"] == {"temperature": 0.7, "top_p": 0.9, "top_k": 0, "repetition_penalty": 1.0}
     assert (await client.models.retrieve(ALIAS)).id == ALIAS
 

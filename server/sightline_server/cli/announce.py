@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from sightline_server.cli.terminal import own_command, size
+from sightline_server.cli.verified import lines_of
 from sightline_server.engine.types import EngineInfo
 
 KEY_VARIABLE = "SIGHTLINE_API_KEY"
@@ -80,6 +81,7 @@ class ReadyServer:
             f"  model      {model}",
             f"  device     {info.device}",
             f"  precision  {self._weights()}{info.dtype} ({self._why_this_dtype()})",
+            *self._checked(),
             f"  cache      {info.kv_tokens:,} tokens for all requests together",
             f"  context    {context}",
             f"  address    {self.url}",
@@ -145,6 +147,12 @@ class ReadyServer:
         if self.info.dtype == self.checkpoint_dtype:
             return "auto: the checkpoint's own"
         return f"auto: this GPU can't compute in the checkpoint's {self.checkpoint_dtype}"
+
+    def _checked(self) -> list[str]:
+        if self.info.verification is None:
+            return []
+        first, *rest = lines_of(self.info.verification)
+        return [f"  checked    {first}", *(f"             {line}" for line in rest)]
 
     def _weights(self) -> str:
         kept = self.info.quantization

@@ -13,7 +13,7 @@ from sightline_models.config import VlmConfig
 from sightline_models.parameter_count import QUANTIZED_BITS
 from sightline_models.quantization_config import choose_quantization
 from sightline_server import settings as settings_table
-from sightline_server.cli.fit import Fit, Memory, plan
+from sightline_server.cli.fit import CONTEXT_BYTES, Fit, Memory, plan
 from sightline_server.cli.machine import Machine, TorchGpu, TorchView
 from sightline_server.cli.terminal import own_command, size
 from sightline_server.settings import Settings
@@ -43,6 +43,16 @@ class Choice:
     why: str
     gpu: TorchGpu | None
     memory: Memory
+    planned: bool = False
+    """Whether it is a GPU of the size of ``--gpu-memory`` that this machine doesn't have."""
+
+    @property
+    def bfloat16(self) -> bool:
+        return self.gpu is None or self.gpu.bfloat16
+
+    def bounds(self, settings: Settings) -> Settings:
+        """The settings that the plan for this device goes by: a planned card's size is no limit within it."""
+        return settings_table.replace(settings, gpu_memory=0) if self.planned else settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +75,16 @@ def choose(machine: Machine, torch: TorchView, settings: Settings) -> Choice:
         why = "the first GPU that torch sees" if asked == "auto" else f"--device {asked} asks for it"
         memory = Memory(is_gpu=True, total=gpu.total_bytes, free=gpu.free_bytes or 0)
         return Choice(device=f"cuda:{gpu.index}", why=why, gpu=gpu, memory=memory)
+    if settings.gpu_memory and not torch.gpus:
+        # The check of the settings has refused it beside a CPU that is asked for.
+        size_asked = settings.gpu_memory
+        return Choice(
+            device=f"a GPU of {size(size_asked)}",
+            why="what one would hold; this machine has none that can be used",
+            gpu=None,
+            memory=Memory(is_gpu=True, total=size_asked, free=max(0, size_asked - CONTEXT_BYTES)),
+            planned=True,
+        )
     memory = Memory(is_gpu=False, total=machine.memory_total, free=machine.memory_free)
     if asked == "cpu":
         why = "--device cpu asks for it"
@@ -80,8 +100,8 @@ def precision_of(config: VlmConfig, choice: Choice, settings: Settings) -> str:
     if settings.dtype != "auto":
         asked: str = settings.dtype
     else:
-        asked = config.dtype if choice.gpu else "float32"
-    return "float16" if asked == "bfloat16" and choice.gpu and not choice.gpu.bfloat16 else asked
+        asked = config.dtype if choice.memory.is_gpu else "float32"
+    return "float16" if asked == "bfloat16" and not choice.bfloat16 else asked
 
 
 def plan_served(checkpoint: Checkpoint, choice: Choice, settings: Settings) -> Fit:
@@ -90,7 +110,7 @@ def plan_served(checkpoint: Checkpoint, choice: Choice, settings: Settings) -> F
     rest = precision_of(config, choice, settings)
     quantization = choose_quantization(config.quantization, settings.quantize)
     precision = rest if quantization == "none" else quantization
-    return plan(checkpoint.name, config, precision, choice.memory, settings, rest=rest)
+    return plan(checkpoint.name, config, precision, choice.memory, choice.bounds(settings), rest=rest)
 
 
 def software_findings(versions: Mapping[str, str | None], torch: TorchView) -> list[Finding]:
@@ -159,7 +179,7 @@ def process_findings(machine: Machine, choice: Choice, settings: Settings, *, po
             )
         )
     quota = machine.cpu_quota
-    if choice.gpu is None and not settings.threads and quota is not None and quota < machine.allowed_cores:
+    if not choice.memory.is_gpu and not settings.threads and quota is not None and quota < machine.allowed_cores:
         threads = max(1, int(quota))
         findings.append(
             Finding(
@@ -169,7 +189,7 @@ def process_findings(machine: Machine, choice: Choice, settings: Settings, *, po
                 fix=f"{own_command()} serve --threads {threads}",
             )
         )
-    if choice.gpu is None and machine.architecture == "x86_64" and "AVX2" not in machine.features:
+    if not choice.memory.is_gpu and machine.architecture == "x86_64" and "AVX2" not in machine.features:
         sentence = "This processor has no AVX2, so answers will come slowly."
         findings.append(
             Finding(level="warning", sentence=sentence, fix="use a machine with a GPU or a newer processor")
@@ -191,12 +211,20 @@ def fit_finding(checkpoint: Checkpoint, fit: Fit, choice: Choice, settings: Sett
     if fit.fits:
         return None
     what = f"{checkpoint.name} doesn't fit on {choice.device} in {fit.precision}"
-    sentence = f"{what}: it needs about {size(fit.needed_bytes)}, and {size(choice.memory.free)} are free."
-    for flags in _remedies(choice, fit):
+    limit = choice.bounds(settings).gpu_memory
+    room = (
+        f"--gpu-memory allows {size(limit)}"
+        if 0 < limit < choice.memory.free
+        else f"{size(choice.memory.free)} are free"
+    )
+    sentence = f"{what}: it needs about {size(fit.needed_bytes)}, and {room}."
+    for flags in _remedies(choice, fit, settings):
         changed = settings_table.replace(settings, **flags)
         if plan_served(checkpoint, choice, changed).fits:
             words = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in flags.items())
-            command = " ".join(word for word in (own_command(), "serve", target, words) if word)
+            command = " ".join(
+                word for word in (own_command(), "serve", target, words, limit_flag(choice, settings)) if word
+            )
             return Finding(level="problem", sentence=sentence, fix=command)
     others = choice.memory.total - choice.memory.free
     if choice.gpu is not None and others > choice.memory.total // 10:
@@ -204,14 +232,23 @@ def fit_finding(checkpoint: Checkpoint, fit: Fit, choice: Choice, settings: Sett
     return Finding(level="problem", sentence=sentence, fix="free some memory, or serve a smaller model")
 
 
-def _remedies(choice: Choice, fit: Fit) -> Sequence[Mapping[str, object]]:
+def limit_flag(choice: Choice, settings: Settings) -> str:
+    """``--gpu-memory`` as it may be written again, where it is a limit."""
+    limit = choice.bounds(settings).gpu_memory
+    for unit, name in ((2**30, "GiB"), (10**9, "GB"), (2**20, "MiB"), (10**6, "MB")):
+        if limit and limit % unit == 0:
+            return f"--gpu-memory {limit // unit}{name}"
+    return f"--gpu-memory {limit}" if limit else ""
+
+
+def _remedies(choice: Choice, fit: Fit, settings: Settings) -> Sequence[Mapping[str, object]]:
     """Settings that make a model smaller, the least painful first."""
-    half = (
-        {} if fit.rest != "float32" else {"dtype": "bfloat16" if not choice.gpu or choice.gpu.bfloat16 else "float16"}
-    )
-    small: Mapping[str, object] = (
-        {"gpu_memory_utilization": 0.95, "max_step_tokens": 512} if choice.gpu else {"cpu_cache_gb": 0.5}
-    )
+    half = {} if fit.rest != "float32" else {"dtype": "bfloat16" if choice.bfloat16 else "float16"}
+    small: Mapping[str, object] = {"cpu_cache_gb": 0.5}
+    if choice.memory.is_gpu:
+        # A limit in bytes stands for a share.
+        share = {} if choice.bounds(settings).gpu_memory else {"gpu_memory_utilization": 0.95}
+        small = {**share, "max_step_tokens": 512}
     wishes: list[Mapping[str, object]] = [half, small, {**half, **small}]
     if fit.precision == fit.rest:
         wishes += [{**half, "quantize": scheme} for scheme in QUANTIZED_BITS]

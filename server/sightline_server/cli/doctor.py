@@ -1,7 +1,7 @@
 """`sightline doctor`: what this machine is, what it can serve, and what is missing, each with the fix.
 
 Gathers facts (`machine.py`), has them judged (`diagnosis.py`, `fit.py`) and written down (`doctor_report.py`).
-Starts nothing, changes nothing, and never imports torch.
+Changes nothing and never imports torch; starts a model only for ``--verify``, in a process of its own.
 """
 
 import argparse
@@ -20,11 +20,13 @@ from sightline_models.tokenizer import TokenizerError
 from sightline_server import settings as settings_table
 from sightline_server.chat.model import ServedModel
 from sightline_server.cli import diagnosis
+from sightline_server.cli.announce import LoadingProgress
 from sightline_server.cli.diagnosis import Checkpoint, Choice, Finding
 from sightline_server.cli.doctor_report import Report
 from sightline_server.cli.fit import Fit, plan, precisions
 from sightline_server.cli.machine import TorchProbe, package_versions, read_machine
 from sightline_server.cli.terminal import complain, one_line, own_command
+from sightline_server.cli.verified import ask_engine
 from sightline_server.settings import Settings, SettingsError
 
 WELL_KNOWN = ("llava-1.5-7b", "llava-1.5-13b")
@@ -43,13 +45,23 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("--device", metavar="DEVICE", help="plan for auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--quantize", choices=("none", "int8", "nf4"), help="plan for weights quantized at load")
+    parser.add_argument(
+        "--gpu-memory",
+        metavar="SIZE",
+        help="plan for a limit such as 20GiB or, on a machine without a GPU, for a card of that size",
+    )
+    parser.add_argument(
+        "--verify", action="store_const", const="true", help="load the model and compare quantized weights with its own"
+    )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit code: 0 when the model can be served on this machine, 1 when not, 2 for settings that can't be used."""
     flags = {"model": args.model}
-    flags |= {name: getattr(args, name) for name in ("device", "quantize") if getattr(args, name)}
+    flags |= {
+        name: given for name in ("device", "quantize", "gpu_memory", "verify") if (given := getattr(args, name, None))
+    }
     try:
         settings = settings_table.load(flags)
     except SettingsError as error:
@@ -82,6 +94,14 @@ def examine(settings: Settings) -> Report:
         served = diagnosis.plan_served(checkpoint, choice, settings)
         too_big = diagnosis.fit_finding(checkpoint, served, choice, settings, settings.model)
         findings += [too_big] if too_big else []
+    verification = None
+    if settings.verify and choice.planned:
+        sentence = f"--verify loads the model, which it can't on {choice.device} that isn't there."
+        fix = f"{own_command()} doctor --verify without --gpu-memory checks on this machine's CPU"
+        findings.append(Finding(level="warning", sentence=sentence, fix=fix))
+    elif settings.verify and checkpoint is not None and not any(finding.level == "problem" for finding in findings):
+        with LoadingProgress() as progress:
+            verification = ask_engine(folder, settings, progress)
     return Report(
         machine=machine,
         versions=versions,
@@ -92,6 +112,7 @@ def examine(settings: Settings) -> Report:
         served=served,
         fits=tuple(fit for name, config in shapes.items() for fit in _fits(name, config, choice, settings)),
         findings=tuple(findings),
+        verification=verification,
     )
 
 
@@ -139,5 +160,5 @@ def is_port_taken(host: str, port: int) -> bool:
 
 
 def _fits(name: str, config: VlmConfig, choice: Choice, settings: Settings) -> list[Fit]:
-    kinds = precisions(choice.memory, gpu_bfloat16=choice.gpu is None or choice.gpu.bfloat16)
-    return [plan(name, config, precision, choice.memory, settings) for precision in kinds]
+    kinds = precisions(choice.memory, gpu_bfloat16=choice.bfloat16)
+    return [plan(name, config, precision, choice.memory, choice.bounds(settings)) for precision in kinds]

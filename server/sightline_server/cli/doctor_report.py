@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from rich import box
 from rich.console import Console
 from rich.padding import Padding
@@ -12,10 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from sightline_models.parameter_count import count_parameters
-from sightline_server.cli.diagnosis import Checkpoint, Choice, Finding
-from sightline_server.cli.fit import Fit
+from sightline_server.cli.diagnosis import Checkpoint, Choice, Finding, limit_flag
+from sightline_server.cli.fit import TEXT_TOKENS, Fit
 from sightline_server.cli.machine import Machine, TorchView
 from sightline_server.cli.terminal import own_command, size
+from sightline_server.cli.verified import lines_of
+from sightline_server.engine.types import Verification
 from sightline_server.settings import Settings
 
 Fact = tuple[str, str]
@@ -33,6 +36,8 @@ class Report:
     """How the checkpoint would be served."""
     fits: tuple[Fit, ...]
     findings: tuple[Finding, ...]
+    verification: Verification | None = None
+    """With ``--verify``, when the model could be loaded."""
 
     @property
     def can_serve(self) -> bool:
@@ -46,7 +51,12 @@ class Report:
             "machine": dataclasses.asdict(self.machine),
             "versions": dict(self.versions),
             "torch": dataclasses.asdict(self.torch),
-            "device": {"name": self.choice.device, "why": self.choice.why, **dataclasses.asdict(self.choice.memory)},
+            "device": {
+                "name": self.choice.device,
+                "why": self.choice.why,
+                "planned": self.choice.planned,
+                **dataclasses.asdict(self.choice.memory),
+            },
             "model": checkpoint
             and {
                 "name": checkpoint.name,
@@ -60,6 +70,7 @@ class Report:
             },
             "served": self.served and dataclasses.asdict(self.served),
             "fits": [dataclasses.asdict(fit) for fit in self.fits],
+            "verification": msgspec.to_builtins(self.verification),
             "findings": [dataclasses.asdict(finding) for finding in self.findings],
         }
 
@@ -71,6 +82,9 @@ class Report:
         _facts(console, "Device", [("used", f"{self.choice.device}: {self.choice.why}")])
         if self.checkpoint and self.served:
             _facts(console, "Model", self._model_facts(self.checkpoint, self.served))
+        if self.verification:
+            first, *rest = lines_of(self.verification)
+            _facts(console, "Check", [("checked", first), *(("", line) for line in rest)])
         self._show_fits(console)
         self._show_findings(console)
 
@@ -113,10 +127,15 @@ class Report:
         parameters = count_parameters(config).total
         files = f"{checkpoint.num_files} file{'s' if checkpoint.num_files > 1 else ''}"
         cpu_cache = f"--cpu-cache-gb {self.settings.cpu_cache_gb:g}"
-        gpu_cache = f"--gpu-memory-utilization {self.settings.gpu_memory_utilization:g}, estimated"
+        limit = self.choice.bounds(self.settings).gpu_memory
+        gpu_cache = (
+            f"--gpu-memory {size(limit)}"
+            if limit
+            else f"--gpu-memory-utilization {self.settings.gpu_memory_utilization:g}"
+        )
         cache = f"{size(served.kv_bytes_per_token)} a token"
         if served.fits:
-            how = gpu_cache if self.choice.gpu else cpu_cache
+            how = f"{gpu_cache}, estimated" if self.choice.memory.is_gpu else cpu_cache
             cache += f", room for {served.cache_tokens:,} tokens ({how})"
         context = f"{served.max_context:,} tokens a request at most" if served.fits else "none: it doesn't fit"
         return [
@@ -130,12 +149,14 @@ class Report:
         ]
 
     def _show_fits(self, console: Console) -> None:
-        title = f"What fits on {self.choice.device}, {size(self.choice.memory.free)} free"
+        limit = self.choice.bounds(self.settings).gpu_memory
+        within = f", within {size(limit)}" if limit else ""
+        title = f"What fits on {self.choice.device}, {size(self.choice.memory.free)} free{within}"
         console.print(Text(title, style="bold"))
         table = Table(box=box.SIMPLE_HEAD, pad_edge=True, header_style="")
         table.add_column("model", overflow="fold")
-        table.add_column("precision")
-        for name in ("weights", "needs", "cache tokens"):
+        table.add_column("kept in")
+        for name in ("weights", "needs", "tokens", "at once"):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("fits", no_wrap=True)
         for index, fit in enumerate(self.fits):
@@ -147,12 +168,16 @@ class Report:
                 size(fit.weight_bytes),
                 size(fit.needed_bytes),
                 f"{fit.cache_tokens:,}" if fit.fits else "-",
+                f"{fit.requests:,}" if fit.fits else "-",
                 Text("yes", style="green") if fit.fits else Text("no", style="dim"),
                 end_section=last,
             )
         console.print(table)
-        what = "weights, one step and " + ("one longest request" if self.choice.gpu else "the whole cache")
-        note = f"needs: {what}. int8 and nf4: with --quantize, where the checkpoint isn't quantized already."
+        what = "weights, one step and " + ("one longest request" if self.choice.memory.is_gpu else "the whole cache")
+        note = (
+            f"needs: {what}. tokens: of all requests, in the cache. at once: requests of a picture and {TEXT_TOKENS} "
+            "tokens of text each. int8 and nf4: with --quantize, where the checkpoint isn't quantized already."
+        )
         console.print(Padding(Text(note, style="dim"), (0, 0, 1, 2), expand=False))
 
     def _show_findings(self, console: Console) -> None:
@@ -167,11 +192,14 @@ class Report:
             count = sum(finding.level == "problem" for finding in self.findings)
             console.print(Text(f"Not ready: {count} problem{'s' if count != 1 else ''} above.", style="bold red"))
             return
-        asked = "" if self.settings.quantize == "none" else f" --quantize {self.settings.quantize}"
-        command = f"{own_command()} serve {self.settings.model}".rstrip() + asked
-        console.print(
-            Text.assemble(("Ready. ", "bold green"), f"{self.checkpoint.name} can be served: {command}"), soft_wrap=True
-        )
+        quantize = "" if self.settings.quantize == "none" else f"--quantize {self.settings.quantize}"
+        words = own_command(), "serve", self.settings.model, quantize, limit_flag(self.choice, self.settings)
+        command = " ".join(word for word in words if word)
+        if self.choice.planned:
+            told = ("It would fit. ", "bold green"), f"On {self.choice.device}: {command}"
+        else:
+            told = ("Ready. ", "bold green"), f"{self.checkpoint.name} can be served: {command}"
+        console.print(Text.assemble(*told), soft_wrap=True)
 
 
 def _facts(console: Console, title: str, facts: list[Fact]) -> None:

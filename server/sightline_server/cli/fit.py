@@ -6,11 +6,21 @@ Pure arithmetic over shapes and sizes, which the engine does by measuring; figur
 from dataclasses import dataclass
 
 from sightline_models.config import VlmConfig
-from sightline_models.parameter_count import QUANTIZED_BITS, count_parameters, kv_bytes_per_token, weight_bytes
+from sightline_models.parameter_count import QUANTIZED_BITS, kv_bytes_per_token, weight_bytes
+from sightline_server.engine.gpu_memory import Needs, bytes_of_recordings, room_for_cache
 from sightline_server.settings import Settings
 
 PROCESSES_BYTES = 900 * 2**20
 """Resident memory of the API, two decode workers and an engine with torch loaded, before any weights."""
+
+CONTEXT_BYTES = 2**29
+"""What driver and libraries take of a GPU for a process, before any weights. A guess."""
+
+TEXT_TOKENS = 128
+"""Of the request that is counted in: a picture, and so many tokens of question and answer together."""
+
+GATHERED_BYTES = 2**29
+"""What plain torch copies of the cache for decodes on a GPU, at most: paged_attention/reference.py bounds it."""
 
 _STEP_SLACK = 1.5
 """Over the tensors counted below: allocator rounding, workspaces of matrix products."""
@@ -38,10 +48,14 @@ class Fit:
     kv_bytes_per_token: int
     needed_bytes: int
     """Free memory it takes: on a CPU with the whole cache, on a GPU with a cache for one longest request."""
+    kv_bytes: int
+    """The whole cache, a block for rows that pad a step among it; 0 when it doesn't fit."""
     cache_tokens: int
     """Tokens that all requests together can keep; 0 when it doesn't fit."""
     max_context: int
     """Longest prompt and answer of one request; 0 when it doesn't fit."""
+    requests: int
+    """How many of one picture and ``TEXT_TOKENS`` are computed at once, no prompt being shared."""
     fits: bool
 
 
@@ -50,31 +64,44 @@ def plan(
 ) -> Fit:
     """How ``model`` would lie in ``memory`` under ``settings``; ``rest`` counts where ``precision`` is quantized."""
     rest = rest if precision in QUANTIZED_BITS else precision
-    weights = weight_bytes(
-        count_parameters(config),
-        precision,
-        rest,
-        vision=settings.quantize_vision,
-        compressed_scales=config.compressed_scales,
-    )
+    weights = weight_bytes(config, precision, rest, on_cpu=not memory.is_gpu, vision=settings.quantize_vision)
     a_token = kv_bytes_per_token(config.decoder, rest)
+    a_block = settings.block_size * a_token
     step = _step_bytes(config, precision, rest, memory, settings)
     longest = settings.max_model_len or config.decoder.max_position_embeddings
+    least = max(config.num_image_tokens + settings.block_size, settings.max_model_len)
     if memory.is_gpu:
-        beside = weights + step + int(settings.encoder_cache_mb * 2**20)
-        others = memory.total - memory.free
-        cache = int(memory.total * settings.gpu_memory_utilization) - others - beside
-        needed = beside + longest * a_token
+        recordings = 0
+        if settings.cuda_graphs and not settings.deterministic:
+            recordings = bytes_of_recordings(
+                config,
+                max_running=_running(memory, settings),
+                max_images=_images(config, memory, settings),
+                decodes=settings.kernels != "reference",
+            )
+        needs = Needs(
+            weights=weights,
+            step=step + recordings,
+            encoder_cache=int(settings.encoder_cache_mb * 2**20),
+            smallest_cache=least * a_token,
+        )
+        needed = needs.beside_cache + longest * a_token
+        if settings.gpu_memory:
+            cache = room_for_cache(settings.gpu_memory, memory.free - weights, needs)
+        else:
+            others = memory.total - memory.free
+            cache = int(memory.total * settings.gpu_memory_utilization) - others - needs.beside_cache
         fits = True
     else:
         cache = int(settings.cpu_cache_gb * 2**30)
         needed = weights + step + cache + PROCESSES_BYTES
         fits = needed <= memory.free
     # One block is the engine's own, for rows that pad a step.
-    blocks = cache // (settings.block_size * a_token) - 1
+    blocks = cache // a_block - 1
+    fits = fits and blocks * settings.block_size >= least
+    blocks = blocks if fits else 0
     tokens = blocks * settings.block_size
-    fits = fits and tokens >= max(config.num_image_tokens + settings.block_size, settings.max_model_len)
-    tokens = tokens if fits else 0
+    a_request = -(-(config.num_image_tokens + TEXT_TOKENS) // settings.block_size)
     return Fit(
         model=model,
         precision=precision,
@@ -82,8 +109,10 @@ def plan(
         weight_bytes=weights,
         kv_bytes_per_token=a_token,
         needed_bytes=needed,
+        kv_bytes=(blocks + 1) * a_block if fits else 0,
         cache_tokens=tokens,
         max_context=min(longest, tokens),
+        requests=min(blocks // a_request, _running(memory, settings)),
         fits=fits,
     )
 
@@ -101,11 +130,31 @@ def _step_bytes(config: VlmConfig, precision: str, rest: str, memory: Memory, se
     """
     item = 4 if rest == "float32" else 2
     decoder, tower = config.decoder, config.vision
-    tokens = settings.max_step_tokens or (2048 if memory.is_gpu else 512)
+    tokens = _budget(memory, settings)
     hidden = tokens * (3 * decoder.intermediate_size + 8 * decoder.hidden_size) * item
     # float32 values, sorted values, and 64-bit places.
-    logits = min(settings.max_running, tokens) * decoder.vocab_size * 16
-    images = tokens // config.num_image_tokens + 2
+    logits = _running(memory, settings) * decoder.vocab_size * 16
+    images = _images(config, memory, settings)
     pictures = images * (tower.num_patches + 1) * (tower.intermediate_size + 6 * tower.hidden_size) * item
+    kept = images * config.num_image_tokens * decoder.hidden_size * item
     whole = 2 * decoder.intermediate_size * decoder.hidden_size * item if precision in QUANTIZED_BITS else 0
-    return int(_STEP_SLACK * (max(hidden, pictures) + logits)) + whole
+    gathered = 0
+    if memory.is_gpu and settings.kernels == "reference":
+        longest = settings.max_model_len or decoder.max_position_embeddings
+        a_layer = kv_bytes_per_token(decoder, rest) // decoder.num_layers
+        gathered = min(GATHERED_BYTES, _running(memory, settings) * longest * a_layer)
+    return int(_STEP_SLACK * (max(hidden + kept, pictures) + logits)) + whole + gathered
+
+
+def _budget(memory: Memory, settings: Settings) -> int:
+    return settings.max_step_tokens or (2048 if memory.is_gpu else 512)
+
+
+def _images(config: VlmConfig, memory: Memory, settings: Settings) -> int:
+    """Most pictures of one step."""
+    return _budget(memory, settings) // config.num_image_tokens + 2
+
+
+def _running(memory: Memory, settings: Settings) -> int:
+    """Every running request gets a token a step."""
+    return min(settings.max_running, _budget(memory, settings))

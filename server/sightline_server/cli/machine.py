@@ -18,8 +18,8 @@ from typing import Any
 
 import psutil
 
-from sightline_server.cli import cgroups
 from sightline_server.cli.terminal import one_line
+from sightline_server.engine import cgroups
 
 PACKAGES = ("sightline", "torch", "triton", "transformers", "bitsandbytes")
 

@@ -61,7 +61,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
             metavar = row.metavar or ("{" + ",".join(row.choices) + "}" if row.choices else row.kind.__name__.upper())
             if row.many:
                 text += " Several: the flag again, or commas."
-            elif row.default != "":
+            elif row.default != "" and not row.is_size:
                 text += f" (default: {row.default})"
             group.add_argument(
                 row.flag, dest=row.name, action="append" if row.many else "store", metavar=metavar, help=text

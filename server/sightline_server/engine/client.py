@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
+
 from sightline_models.images import ImageError, Pixels
 from sightline_server import settings as settings_table
 from sightline_server.engine import wire
@@ -247,12 +249,16 @@ class EngineProcess(EngineClient):
                     self._deliver(event)
             case wire.Hello():
                 assert self._child is not None
-                self._child.send(wire.Start(str(self._folder), self._settings))
+                # What was checked once isn't checked again while requests wait for the engine to come back.
+                again = self._info is not None and self._info.verification is not None
+                settings = settings_table.replace(self._settings, verify=False) if again else self._settings
+                self._child.send(wire.Start(str(self._folder), settings))
             case wire.Progress(stage, fraction):
                 if self._on_progress is not None:
                     self._on_progress(stage, fraction)
             case wire.Ready(info):
-                self._info = info
+                found = self._info.verification if self._info is not None else None
+                self._info = info if found is None else msgspec.structs.replace(info, verification=found)
                 self._stats = EngineStats(blocks_total=info.num_blocks)
                 self._ready = True
                 self._ready_at = asyncio.get_running_loop().time()

@@ -18,34 +18,13 @@ import torch
 from torch import Tensor
 
 from sightline_kernels.layout import PagedLayout
-from sightline_models.config import VlmConfig
 from sightline_models.kv import KvPool
 from sightline_models.vlm import Vlm
+from sightline_server.engine.gpu_memory import MOST_IMAGES, batch_sizes
 from sightline_server.engine.sampler import draw_numbers
 from sightline_server.engine.types import EngineConfig, Slice
 
-BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
-"""A step takes the next larger recording: the finer, the less is computed in vain, and the more are recorded."""
-MOST_IMAGES = 8
-"""Image batches up to this size are recorded, each size exactly: padding would cost as much as a picture."""
-DRIVER_BYTES = 2**28
-"""Set aside for what the driver keeps of all recordings. An estimate."""
-
 Work = Callable[[], tuple[Tensor, ...]]
-
-
-def batch_sizes(most: int) -> list[int]:
-    """The batch sizes that are recorded for at most ``most`` running requests."""
-    return [*(size for size in BATCH_SIZES if size < most), min(most, BATCH_SIZES[-1])]
-
-
-def bytes_of_recordings(config: VlmConfig, limits: EngineConfig) -> int:
-    """Device memory that recordings take beside what their largest step does."""
-    sizes = batch_sizes(limits.max_running)
-    logits = 4 * config.decoder.vocab_size * sum(sizes)
-    side = config.vision.image_size
-    pixels = 3 * side * side * sum(range(1, MOST_IMAGES + 1))
-    return logits + pixels + DRIVER_BYTES
 
 
 class Recorder(Protocol):

@@ -17,28 +17,23 @@ from sightline_kernels.dispatch import FusedRefusedError, Kernels, choose, expla
 from sightline_models.config import VlmConfig, read_config
 from sightline_models.decoder import kernel_workload
 from sightline_models.images import read_preprocess_config
-from sightline_models.kv import KvPool
-from sightline_models.parameter_count import count_parameters
+from sightline_models.parameter_count import count_parameters, weight_bytes
 from sightline_models.quantization_config import Quantization, choose_quantization
 from sightline_models.vlm import Vlm
 from sightline_models.weights import load_vlm, random_vlm
-from sightline_server.engine.batch import build_batch
 from sightline_server.engine.blocks import BlockPool
 from sightline_server.engine.engine import Engine
-from sightline_server.engine.graphs import CudaRecorder, Recorder, bytes_of_recordings
+from sightline_server.engine.gpu_memory import gib
+from sightline_server.engine.graphs import CudaRecorder, Recorder
 from sightline_server.engine.runner import Runner
-from sightline_server.engine.sampler import choose_tokens
 from sightline_server.engine.scheduler import Scheduler
+from sightline_server.engine.sizing import allocate_cache, count_blocks, fit_to_cache, max_images_per_step
 from sightline_server.engine.threads import ThreadChooser
 from sightline_server.engine.types import (
     EngineConfig,
     EngineInfo,
-    Prompt,
-    Request,
-    SamplingParams,
-    Sequence,
-    Slice,
 )
+from sightline_server.engine.verify import Subject, ask_unquantized, verify
 from sightline_server.engine.vision_cache import VisionCache
 from sightline_server.settings import Settings, SettingsError
 
@@ -57,6 +52,7 @@ def load_engine(folder: Path, settings: Settings, progress: Progress) -> tuple[E
     began = time.monotonic()
     device = choose_device(settings.device)
     use_device(device)
+    limit_memory(settings.gpu_memory, device)
     # Deterministic steps are small, and their arithmetic must not change with what else the machine does.
     threads = settings.threads or (1 if settings.deterministic else len(os.sched_getaffinity(0)))
     if device.type == "cpu":
@@ -66,39 +62,62 @@ def load_engine(folder: Path, settings: Settings, progress: Progress) -> tuple[E
     quantization = choose_quantization(config.quantization, settings.quantize, vision=settings.quantize_vision)
     normalization = read_preprocess_config(folder, config).normalization
     limits = _limits(config, settings, device)
-    kernels = choose_kernels(settings, config, device, dtype, quantization)
-    try:
-        progress("loading weights", 0.0)
+
+    def make(scheme: Quantization, stage: str) -> Vlm:
+        progress(stage, 0.0)
+        vision = settings.quantize_vision and scheme != "none"
+        kept = choose_quantization(config.quantization, scheme, vision=vision)
+        kernels = choose_kernels(settings, config, device, dtype, kept)
         if settings.random:
-            model = random_vlm(
+            return random_vlm(
                 config,
                 normalization,
                 dtype=dtype,
                 device=device,
                 seed=settings.random_seed,
-                quantize=quantization,
-                quantize_vision=settings.quantize_vision,
+                quantize=kept,
+                quantize_vision=vision,
                 kernels=kernels,
             )
-        else:
-            model = load_vlm(
-                folder,
-                config,
-                normalization,
-                dtype=dtype,
-                device=device,
-                quantize=settings.quantize,
-                quantize_vision=settings.quantize_vision,
-                kernels=kernels,
-                progress=lambda share: progress("loading weights", share),
-            )
+        return load_vlm(
+            folder,
+            config,
+            normalization,
+            dtype=dtype,
+            device=device,
+            quantize=scheme,
+            quantize_vision=vision,
+            kernels=kernels,
+            progress=lambda share: progress(stage, share),
+        )
+
+    subject = Subject(
+        folder=folder,
+        config=config,
+        chat_template=Path(settings.chat_template).read_text("utf-8") if settings.chat_template else None,
+        quantization=quantization,
+        dtype=dtype,
+        device=device,
+        limits=limits,
+    )
+    try:
+        original = None
+        if settings.verify:
+            original = ask_unquantized(subject, lambda: make("none", "loading the unquantized weights"))
+        model = make(settings.quantize, "loading weights")
+        verification = None
+        if settings.verify:
+            progress("checking the weights", 0.0)
+            verification = verify(subject, model, original)
         progress("sizing the cache", 0.0)
         num_blocks = count_blocks(model, settings, device, dtype, limits)
-        engine_config = _fit_to_cache(config, settings, limits, num_blocks)
+        engine_config = fit_to_cache(config, settings, limits, num_blocks)
         engine = assemble(model, engine_config, device=device, dtype=dtype, threads=threads)
     except torch.OutOfMemoryError as error:
+        size = gib(_planned_bytes(config, dtype, quantization, settings))
+        where = f"--gpu-memory {gib(settings.gpu_memory)}" if settings.gpu_memory else _device_name(device)
         raise SettingsError(
-            f"The weights in {_precision(dtype, quantization)} and one full step don't fit {_device_name(device)}. "
+            f"The weights in {_precision(dtype, quantization)} ({size}) and one full step don't fit {where}. "
             "Run 'sightline doctor' with this folder to see what would; --max-step-tokens lowers what a step needs."
         ) from error
     weights = [*model.parameters(), *model.buffers()]
@@ -112,6 +131,7 @@ def load_engine(folder: Path, settings: Settings, progress: Progress) -> tuple[E
         block_size=engine_config.block_size,
         max_model_len=engine_config.max_model_len,
         load_seconds=time.monotonic() - began,
+        verification=verification,
     )
     log.info(
         "%s on %s in %s: cache of %d tokens in %d blocks, context %d",
@@ -138,7 +158,7 @@ def assemble(
 
     ``recorder`` makes the recordings that ``config.graphs`` asks for; by default CUDA graphs, and none on a CPU.
     """
-    kv = _allocate_cache(model.config, config.num_blocks, config.block_size, device, dtype)
+    kv = allocate_cache(model.config, config.num_blocks, config.block_size, device, dtype)
     blocks = BlockPool(config.num_blocks, caching=config.prefix_caching)
     vision: VisionCache[Tensor] = VisionCache(config.encoder_cache_bytes)
     max_images = max_images_per_step(model.config, config.max_step_tokens)
@@ -156,11 +176,6 @@ def assemble(
         recorder=recorder if config.graphs else None,
     )
     return Engine(runner, scheduler, blocks, config)
-
-
-def max_images_per_step(config: VlmConfig, max_step_tokens: int) -> int:
-    """As many images as a step's tokens could hold, and two for a prompt that begins and one that ends in it."""
-    return max_step_tokens // config.num_image_tokens + 2
 
 
 def choose_device(name: str) -> torch.device:
@@ -191,6 +206,19 @@ def use_device(device: torch.device) -> None:
         # Pinned memory and kernels of our own go by the current device, not by a tensor's.
         torch.cuda.set_device(device)
     torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def limit_memory(limit: int, device: torch.device) -> None:
+    """Hold torch to ``limit`` bytes on ``device``; 0 is no limit. Call before anything is put there."""
+    if not limit:
+        return
+    if device.type != "cuda":
+        log.warning("--gpu-memory has no effect without a GPU; --cpu-cache-gb sizes the cache")
+        return
+    total = torch.cuda.mem_get_info(device)[1]
+    if limit > total:
+        raise SettingsError(f"--gpu-memory {gib(limit)} is more than the {gib(total)} of {device}: lower it.")
+    torch.cuda.set_per_process_memory_fraction(limit / total, device)
 
 
 def choose_dtype(name: str, config: VlmConfig, device: torch.device) -> torch.dtype:
@@ -233,6 +261,12 @@ def _precision(dtype: torch.dtype, quantization: Quantization) -> str:
     return name if quantization == "none" else f"{quantization} and {name}"
 
 
+def _planned_bytes(config: VlmConfig, dtype: torch.dtype, quantization: Quantization, settings: Settings) -> int:
+    rest = str(dtype).removeprefix("torch.")
+    kept = rest if quantization == "none" else quantization
+    return weight_bytes(config, kept, rest, vision=settings.quantize_vision)
+
+
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
@@ -263,93 +297,3 @@ def _limits(config: VlmConfig, settings: Settings, device: torch.device) -> Engi
         # Rows of a recording share its shape, and so their arithmetic: that isn't what --deterministic promises.
         graphs=settings.cuda_graphs and device.type == "cuda" and not settings.deterministic,
     )
-
-
-def count_blocks(model: Vlm, settings: Settings, device: torch.device, dtype: torch.dtype, limits: EngineConfig) -> int:
-    """Blocks the cache may have, its scratch block not counted."""
-    a_block = KvPool.bytes_per_block(model.config.decoder, block_size=limits.block_size, dtype=dtype)
-    if device.type == "cpu":
-        return int(settings.cpu_cache_gb * 2**30) // a_block - 1
-    needed_by_steps = _measure_largest_step(model, limits, device, dtype)
-    if limits.graphs:
-        # Recordings keep memory of their own, and hold no more than a step does.
-        needed_by_steps += needed_by_steps + bytes_of_recordings(model.config, limits)
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(device)
-    # What others hold, and what torch holds outside tensors, counts against our share too.
-    left = int(total * settings.gpu_memory_utilization) - (total - free)
-    return (left - needed_by_steps - limits.encoder_cache_bytes) // a_block - 1
-
-
-def _measure_largest_step(model: Vlm, limits: EngineConfig, device: torch.device, dtype: torch.dtype) -> int:
-    """Bytes that the largest step needs beside weights and cache."""
-    length = min(limits.max_step_tokens, limits.max_model_len)
-    kv = _allocate_cache(model.config, -(-length // limits.block_size), limits.block_size, device, dtype)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    run_largest_step(model, kv, limits, device)
-    return torch.cuda.max_memory_allocated(device) - before
-
-
-def run_largest_step(model: Vlm, kv: KvPool, limits: EngineConfig, device: torch.device) -> None:
-    """What needs most memory: the largest image batch, a full token budget, every row drawn or decoding at its end.
-
-    ``kv`` holds a full token budget and a scratch block.
-    """
-    length = min(limits.max_step_tokens, limits.max_model_len)
-    num_blocks = -(-length // limits.block_size)
-    size = model.config.vision.image_size
-    num_images = 1 if limits.deterministic else max_images_per_step(model.config, limits.max_step_tokens)
-    # Bias copies the logits, a filter sorts them, and log-probabilities are as many again.
-    sampling = SamplingParams(max_tokens=1, temperature=1.0, top_p=0.5, logit_bias={0: 0.0}, logprobs=True)
-    request = Request(id="largest", prompt=Prompt((0,) * length), sampling=sampling)
-    sequence = Sequence(request, list(request.prompt.token_ids), blocks=list(range(num_blocks)))
-    with torch.inference_mode():
-        model.encode_images(torch.zeros(num_images, size, size, 3, dtype=torch.uint8, device=device))
-        batch = build_batch(
-            [Slice(sequence, 0, length)], block_size=limits.block_size, scratch_block=num_blocks, device=device
-        )
-        hidden_TD = model(model.embed(batch.token_ids_T), batch.positions_T, kv, batch.layout)
-        logits_SV = model.logits(hidden_TD[: limits.max_running])
-        choose_tokens(logits_SV, [sequence] * len(logits_SV))
-        del batch, hidden_TD, logits_SV
-        # Longer than ``kv``: it reads the same blocks again and again.
-        blocks = [index % num_blocks for index in range(-(-limits.max_model_len // limits.block_size))]
-        longest = Sequence(request, [0] * limits.max_model_len, blocks=blocks)
-        batch = build_batch(
-            [Slice(longest, limits.max_model_len - 1, 1)] * limits.max_running,
-            block_size=limits.block_size,
-            scratch_block=num_blocks,
-            device=device,
-        )
-        model(model.embed(batch.token_ids_T), batch.positions_T, kv, batch.layout)
-
-
-def _fit_to_cache(config: VlmConfig, settings: Settings, limits: EngineConfig, num_blocks: int) -> EngineConfig:
-    tokens = max(0, num_blocks) * limits.block_size
-    least = config.num_image_tokens + limits.block_size
-    if tokens < least or tokens < settings.max_model_len:
-        wanted = max(least, settings.max_model_len)
-        raise SettingsError(
-            f"The memory set aside leaves a cache of {tokens} tokens and {wanted} are needed. "
-            "Raise --cpu-cache-gb (CPU) or --gpu-memory-utilization (GPU), or lower --max-model-len."
-        )
-    values = {name: getattr(limits, name) for name in limits.__dataclass_fields__}
-    values.update(num_blocks=num_blocks, max_model_len=min(limits.max_model_len, tokens))
-    return EngineConfig(**values)
-
-
-def _allocate_cache(
-    config: VlmConfig, num_blocks: int, block_size: int, device: torch.device, dtype: torch.dtype
-) -> KvPool:
-    # One block more than the books know: scratch for padding rows.
-    count = num_blocks + 1
-    try:
-        return KvPool.allocate(config.decoder, num_blocks=count, block_size=block_size, dtype=dtype, device=device)
-    except RuntimeError as error:
-        if device.type != "cpu":
-            raise
-        size = count * KvPool.bytes_per_block(config.decoder, block_size=block_size, dtype=dtype) / 2**30
-        raise SettingsError(
-            f"This machine can't give {size:.1f} GiB to the key/value cache. Lower --cpu-cache-gb."
-        ) from error

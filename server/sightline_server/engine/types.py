@@ -7,6 +7,7 @@ boundary is a frozen msgspec struct; ``Sequence`` alone is mutable and never lea
 import enum
 import sys
 from dataclasses import dataclass, field
+from typing import Literal
 
 import msgspec
 
@@ -144,6 +145,35 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Steps of decodes that were replayed from a graph."""
 
 
+class Pace(msgspec.Struct, frozen=True, kw_only=True):
+    """What one way of keeping the weights costs. Speeds are medians of single requests, in this process alone."""
+
+    weight_bytes: int
+    prompt_tokens_per_s: float
+    """Pictures' tokens among them, and the time to encode these."""
+    decode_tokens_per_s: float
+
+
+class Verification(msgspec.Struct, frozen=True, kw_only=True):
+    """What ``--verify`` found: how far quantized weights answer from the unquantized ones they were made of."""
+
+    outcome: Literal["compared", "nothing_to_compare", "failed"]
+    message: str
+    """One sentence for people: the figures below, or why there are none."""
+    quantization: str
+    """The scheme that was looked at, as in ``EngineInfo``."""
+    num_answers: int = 0
+    num_positions: int = 0
+    """Tokens of the unquantized model's greedy answers; at each of them the two distributions were compared."""
+    mean_kl: float | None = None
+    """Kullback-Leibler divergence of the quantized distribution from the unquantized, nats a position."""
+    worst_kl: float | None = None
+    top1_agreement: float | None = None
+    """Share of positions at which both find the same token the likeliest."""
+    served: Pace | None = None
+    unquantized: Pace | None = None
+
+
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What was loaded and what it leaves room for; told once, when the engine is ready."""
 
@@ -158,6 +188,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int
     max_model_len: int
     load_seconds: float
+    verification: Verification | None = None
+    """With ``--verify``: what came of it."""
 
     @property
     def kv_tokens(self) -> int:

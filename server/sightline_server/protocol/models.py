@@ -22,6 +22,32 @@ class DefaultSampling(BaseModel):
     repetition_penalty: float
 
 
+class Pace(BaseModel):
+    """Measured before the server took requests: one request at a time, in the engine alone."""
+
+    weight_bytes: int
+    prompt_tokens_per_s: float
+    decode_tokens_per_s: float
+
+
+class Verification(BaseModel):
+    """What ``--verify`` found."""
+
+    outcome: Literal["compared", "nothing_to_compare", "failed"]
+    message: str
+    """One sentence: the figures, or why there are none."""
+    quantization: str
+    num_answers: int
+    num_positions: int
+    mean_kl: float | None
+    """Nats a token of the unquantized model's greedy answers."""
+    worst_kl: float | None
+    top1_agreement: float | None
+    """Share of those tokens at which both models find the same one the likeliest."""
+    served: Pace | None
+    unquantized: Pace | None
+
+
 class ModelCard(BaseModel):
     id: str
     object: Literal["model"] = "model"
@@ -37,6 +63,8 @@ class ModelCard(BaseModel):
     dtype: str | None
     """Null until the engine has loaded."""
     quantization: str | None
+    verification: Verification | None
+    """Null without ``--verify``."""
     aliases: list[str]
     default_sampling: DefaultSampling
 

@@ -1,9 +1,11 @@
 """``/v1/models``: the served model, with what a client may want to know before it asks."""
 
+import msgspec
 from fastapi import APIRouter, Depends, Request
 
+from sightline_server.engine import types as engine
 from sightline_server.protocol.errors import ErrorBody
-from sightline_server.protocol.models import Architecture, DefaultSampling, ModelCard, ModelList
+from sightline_server.protocol.models import Architecture, DefaultSampling, ModelCard, ModelList, Verification
 from sightline_server.routes.context import Context, context_of, record_of, refuse_when_draining
 
 router = APIRouter(
@@ -49,6 +51,7 @@ def model_card(context: Context, name: str) -> ModelCard:
         image_tokens=model.config.num_image_tokens,
         dtype=info.dtype if info else None,
         quantization=info.quantization if info else None,
+        verification=_verification(info.verification) if info and info.verification else None,
         aliases=[other for other in model.names if other != name],
         default_sampling=DefaultSampling(
             temperature=model.generation.temperature,
@@ -57,3 +60,7 @@ def model_card(context: Context, name: str) -> ModelCard:
             repetition_penalty=model.generation.repetition_penalty,
         ),
     )
+
+
+def _verification(found: engine.Verification) -> Verification:
+    return Verification.model_validate(msgspec.to_builtins(found))
