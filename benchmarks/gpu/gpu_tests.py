@@ -1,4 +1,4 @@
-"""Stage 2: the tests that need a GPU."""
+"""Stage tests: the tests that need a GPU."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Stage 3: every fused twin beside its reference, at a 7B model's widths: the largest error of both.
+"""Stage kernels: every fused twin beside its reference, at a 7B model's widths: the largest error of both.
 
 The truth is the reference in float64. A twin may be no farther from it than its reference is, or than one rounding.
 Knows no time: what the twins gain shows in the decode and profile stages.
@@ -170,6 +170,7 @@ def measure(stage: Stage) -> None:
                 for trial in trials(rows, kv_heads, dtype, stage.device):
                     told.append(_measure_trial(stage, trial, fused, dtype) | {"rows": rows, "kv_heads": kv_heads})
                 stage.save(trials=told)
+    stage.save(finished_trials=True)
     choices = explain("auto", workload(KV_HEADS[0], DTYPES[0], stage.device))
     stage.save(choices={each.operation: f"{'fused' if each.fused else 'reference'}: {each.reason}" for each in choices})
     wrong = [f"{each['operation']} in {each['dtype']}, {each['rows']} rows" for each in told if not each["passed"]]
