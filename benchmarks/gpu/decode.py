@@ -1,8 +1,9 @@
-"""Stages decode, decode-int8, decode-nf4: the time of a decode step beside the floor that memory bandwidth sets.
+"""Stages decode, decode-int8, decode-nf4, decode-reference: a decode step beside the floor that bandwidth sets.
 
 The floor is what the step must read (weights once, every sequence's keys and values once) over the copy bandwidth
 measured in this same process. Measured twice over: the bare step of the model, launch by launch (``batches``) and from
-a CUDA graph (``in_graph``), and the true engine with sampling, scheduling and all (``engine``).
+a CUDA graph (``in_graph``), and the true engine with sampling, scheduling and all (``engine``). The variants are the
+quantizations and ``reference``: bfloat16 without a fused kernel.
 """
 
 import gc
@@ -18,6 +19,7 @@ from benchmarks.gpu.models import decoder_bytes_per_step, device_kernels, not_fu
 from benchmarks.gpu.paged import PagedSequences
 from benchmarks.gpu.stage import Stage, first_line, run, summary_ms, synchronize, times_ms
 from benchmarks.gpu.streams import BLOCK_SIZE, rate_of
+from sightline_kernels.dispatch import Mode
 from sightline_models.kv import KvPool
 from sightline_models.quantization_config import Quantization
 from sightline_models.vlm import Vlm
@@ -30,7 +32,7 @@ QUICK_BATCHES = (1, 8)
 STREAMS = (1, 64, 8, 32)
 """What the targets speak of first."""
 SLOW_STREAMS = (1, 64)
-"""Of the engine launch by launch, and of the reference kernels."""
+"""Of the engine launch by launch."""
 
 
 class DecodeStep:
@@ -86,10 +88,13 @@ def capture_call(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def variant_of(stage: Stage) -> Quantization:
+def variant_of(stage: Stage) -> tuple[Quantization, Mode]:
+    if stage.variant == "reference":
+        return "none", "reference"
     quantize = stage.variant or "none"
-    assert quantize in get_args(Quantization), f"there is no variant {quantize}"
-    return cast(Quantization, quantize)
+    if quantize not in get_args(Quantization):
+        raise ValueError(f"There is no variant {quantize}: take reference, int8 or nf4, or none of them.")
+    return cast(Quantization, quantize), "auto"
 
 
 class Bench:
@@ -120,6 +125,13 @@ class Bench:
         """The model's step, launched by the host."""
         if (reason := self.fits(batch)) is not None:
             return {"batch": batch, "skipped": reason}
+        try:
+            return self._bare(batch)
+        except Exception as error:
+            self.stage.say(f"B={batch} failed: {first_line(error)}")
+            return {"batch": batch, "failed": first_line(error)}
+
+    def _bare(self, batch: int) -> dict[str, Any]:
         repeats = 20 if self.stage.on_gpu else 3
         step = DecodeStep(self.model, batch, DTYPE, self.stage.device)
         times = summary_ms(times_ms(step, self.stage.device, warmup=5 if self.stage.on_gpu else 1, repeats=repeats))
@@ -140,10 +152,10 @@ class Bench:
     def in_graph(self, batch: int) -> dict[str, Any]:
         """The model's step replayed from a CUDA graph: what is left when nothing waits for the host."""
         try:
-            step = DecodeStep(self.model, batch, DTYPE, "cuda")
+            step = DecodeStep(self.model, batch, DTYPE, self.stage.device)
             graph = capture_call(step)
-            times = summary_ms(times_ms(graph.replay, "cuda", warmup=3, repeats=20))
-        except RuntimeError as error:
+            times = summary_ms(times_ms(graph.replay, self.stage.device, warmup=3, repeats=20))
+        except Exception as error:
             return {"failed": first_line(error)}
         share = round(self.floor_ms(batch) / times["median_ms"], 4)
         self.stage.say(f"B={batch} from a CUDA graph: {times['median_ms']:.2f} ms ({share:.0%} of the floor reached)")
@@ -167,7 +179,8 @@ class Bench:
                 warmup=16 if on_gpu else 1,
                 fast=fast,
             )
-        except (RuntimeError, AssertionError) as error:
+        except Exception as error:
+            # Triton's own errors have no kind in common with torch's.
             self.stage.say(f"engine with {streams} streams failed: {first_line(error)}")
             return {**row, "failed": first_line(error)}
         floor_ms = self.floor_ms(streams)
@@ -188,15 +201,16 @@ def free_up() -> None:
 
 
 def measure(stage: Stage) -> None:
-    quantize = variant_of(stage)
+    quantize, mode = variant_of(stage)
     whole = stage.on_gpu and not stage.quick
     num_bytes = 2**32 if whole else 2**26
     bandwidth = copy_bandwidth(stage.device, num_bytes=num_bytes)
-    model = random_model(stage.shape, dtype=DTYPE, device=stage.device, quantize=quantize)
+    model = random_model(stage.shape, dtype=DTYPE, device=stage.device, quantize=quantize, mode=mode)
     bench = Bench(stage, quantize, model, bandwidth)
     stage.save(
         shape=stage.shape,
         quantization=quantize,
+        kernels=mode,
         context=CONTEXT,
         copy_bytes_per_s=bandwidth,
         weight_bytes_per_step=decoder_bytes_per_step(model, DTYPE, quantize),
@@ -205,36 +219,30 @@ def measure(stage: Stage) -> None:
     )
     engines: list[dict[str, Any]] = []
     # Launch by launch first: what a failed capture leaves of the device may serve nothing more.
-    for streams in SLOW_STREAMS if stage.on_gpu else ():
+    for streams in SLOW_STREAMS if stage.on_gpu else (2,):
         engines.append(bench.engine(streams, fast=False))
         stage.save(engine=engines)
+    if mode == "auto":
+        _measure_fast(
+            bench, engines, (BATCHES if quantize == "none" else QUANTIZED_BATCHES) if whole else QUICK_BATCHES
+        )
+    # A ceiling is the most that was ever seen, and clocks rise with work.
+    stage.save(copy_bytes_per_s_after=copy_bandwidth(stage.device, num_bytes=num_bytes))
+
+
+def _measure_fast(bench: Bench, engines: list[dict[str, Any]], batches: tuple[int, ...]) -> None:
+    stage = bench.stage
+    rows: list[dict[str, Any]] = []
+    for batch in batches:
+        rows.append(bench.bare(batch))
+        stage.save(batches=rows)
     for streams in STREAMS if stage.on_gpu else (2,):
         engines.append(bench.engine(streams, fast=True))
         stage.save(engine=engines)
-    rows: list[dict[str, Any]] = []
-    for batch in (BATCHES if quantize == "none" else QUANTIZED_BATCHES) if whole else QUICK_BATCHES:
-        rows.append(bench.bare(batch))
-        stage.save(batches=rows)
     for row in rows if stage.on_gpu else ():
-        if "skipped" not in row:
+        if "median_ms" in row:
             row["in_graph"] = bench.in_graph(row["batch"])
             stage.save(batches=rows)
-    # A ceiling is the most that was ever seen, and clocks rise with work.
-    stage.save(copy_bytes_per_s_after=copy_bandwidth(stage.device, num_bytes=num_bytes))
-    if quantize == "none":
-        _measure_references(stage, bandwidth)
-
-
-def _measure_references(stage: Stage, bandwidth: float) -> None:
-    """The same engine without a fused kernel: what ``--kernels reference`` gives."""
-    free_up()
-    model = random_model(stage.shape, dtype=DTYPE, device=stage.device, mode="reference")
-    bench = Bench(stage, "none", model, bandwidth)
-    stage.say("reference kernels:")
-    rows: list[dict[str, Any]] = []
-    for streams in SLOW_STREAMS if stage.on_gpu else (2,):
-        rows.append(bench.engine(streams, fast=False))
-        stage.save(reference_engine=rows)
 
 
 if __name__ == "__main__":

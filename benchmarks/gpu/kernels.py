@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.stage import Stage, run
+from benchmarks.gpu.stage import Stage, first_line, run
 from sightline_kernels.dispatch import (
     OPERATIONS,
     REFERENCES,
@@ -181,8 +181,13 @@ def measure(stage: Stage) -> None:
 def _measure_trial(stage: Stage, trial: Trial, fused: Kernels, dtype: torch.dtype) -> dict[str, Any]:
     true = trial.call(REFERENCES, torch.float64)
     row: dict[str, Any] = {"operation": trial.operation, "dtype": str(dtype).removeprefix("torch.")}
-    for name, kernels in (("reference", REFERENCES), ("fused", fused)):
-        row[f"{name}_error"] = worst(trial.call(kernels, dtype), true)
+    row["reference_error"] = worst(trial.call(REFERENCES, dtype), true)
+    try:
+        row["fused_error"] = worst(trial.call(fused, dtype), true)
+    except Exception as error:
+        # It doesn't compile, or doesn't run: the others are still worth trying.
+        stage.say(f"{trial.operation} in {row['dtype']} failed: {first_line(error)}")
+        return {**row, "failed": first_line(error), "passed": False}
     # NF4's twin rounds levels where the reference rounds weights: errors of one size, not the same ones.
     allowed = row["reference_error"] * (1.5 if trial.operation == "nf4_linear" else 1.0)
     row["passed"] = row["fused_error"] <= max(allowed, torch.finfo(dtype).eps, 1e-5)

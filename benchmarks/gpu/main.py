@@ -26,6 +26,8 @@ from benchmarks.machine import ROOT, child_environment, describe_machine, nvidia
 
 LEAST_S = 5.0
 """A stage with less time than this left is not started."""
+END_TIMEOUT_S = 10.0
+"""What is waited for a killed stage, and for the last of its words."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ STAGES = (
     Plan("decode-nf4", "decode", 60, "the same in NF4", "nf4"),
     Plan("profile", "step_profile", 60, "kernels, waits and idle share of 64 streams"),
     Plan("pictures", "pictures", 60, "the encoder, a second turn, a burst of pictures"),
+    Plan("decode-reference", "decode", 45, "the engine without fused kernels", "reference"),
     Plan("peer-eager", "peers", 75, "transformers' generate, alone and in batches", "eager"),
     Plan("peer-compiled", "peers", 150, "transformers with a static cache, compiled", "compiled"),
     Plan("load", "load", 150, "the true server under load over HTTP"),
@@ -79,42 +82,49 @@ def run_stage(plan: Plan, out: Path, flags: list[str], limit_s: float) -> dict[s
         errors="replace",
         start_new_session=True,
     )
-    ended_late = threading.Event()
-
-    def end() -> None:
-        ended_late.set()
+    said: list[str] = []
+    # Not read here: what a stage leaves running may hold its output open after it has ended.
+    reader = threading.Thread(target=_repeat, args=(process, said), daemon=True)
+    reader.start()
+    ended_late = False
+    try:
+        process.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        ended_late = True
         # Not by its session: the server of the load has one of its own.
         with contextlib.suppress(psutil.NoSuchProcess):
             stage = psutil.Process(process.pid)
             for each in (stage, *stage.children(recursive=True)):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     each.kill()
-
-    timer = threading.Timer(limit_s, end)
-    timer.start()
-    said = []
-    assert process.stdout is not None, "the stage's output is not piped"
-    with process.stdout:
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            said.append(line)
-    code = process.wait()
-    timer.cancel()
+        # A process that hangs in the driver may outlive even this, and the next stage is to start all the same.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(END_TIMEOUT_S)
     # What a stage left behind goes with it.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
+    reader.join(END_TIMEOUT_S)
     path.with_suffix(".part").unlink(missing_ok=True)
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"stage": plan.name}
-    if ended_late.is_set():
+    if ended_late:
         results["failed"] = f"ended after its limit of {limit_s:.0f} s"
-    elif code:
-        results["failed"] = f"ended with code {code}"
+    elif process.returncode:
+        results["failed"] = f"ended with code {process.returncode}"
     elif not results.get("finished"):
         results["failed"] = "ended without a whole result"
     if "failed" in results:
         results["output_tail"] = "".join(said)[-6000:]
     path.write_text(json.dumps(results, indent=1) + "\n")
     return results
+
+
+def _repeat(process: "subprocess.Popen[str]", said: list[str]) -> None:
+    """Print what the process says, and keep it."""
+    assert process.stdout is not None, "the stage's output is not piped"
+    with process.stdout:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            said.append(line)
 
 
 def default_folder(device: str) -> Path:

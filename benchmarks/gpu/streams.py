@@ -64,6 +64,7 @@ def make_engine(
     fast: bool = True,
     deterministic: bool = False,
     encoder_cache_bytes: int = 0,
+    step_tokens: int = STEP_TOKENS,
 ) -> Engine:
     """An idle engine with a cache for ``streams`` sequences of ``max_len``.
 
@@ -74,7 +75,7 @@ def make_engine(
         num_blocks=streams * (-(-max_len // BLOCK_SIZE) + 1),
         block_size=BLOCK_SIZE,
         max_model_len=max_len,
-        max_step_tokens=STEP_TOKENS,
+        max_step_tokens=step_tokens,
         max_running=streams,
         max_queue=streams,
         encoder_cache_bytes=encoder_cache_bytes,
