@@ -59,11 +59,13 @@ def dequantized(packed: Tensor, state: Any) -> Tensor:
     return found
 
 
-def quantize_decoder(model: LlavaForConditionalGeneration, scheme: Quantization) -> None:
+def quantize_linears(model: LlavaForConditionalGeneration, scheme: Quantization, *, vision: bool = False) -> None:
+    parts = [model.model.language_model.layers]
+    if vision:
+        parts += [model.model.vision_tower, model.model.multi_modal_projector]
     with torch.no_grad():
-        for name, module in model.model.language_model.named_modules():
+        for module in (module for part in parts for module in part.modules()):
             if isinstance(module, nn.Linear):
-                assert ".layers." in f".{name}"
                 module.weight.copy_(there_and_back(module.weight, scheme))
 
 
@@ -92,6 +94,23 @@ SAVED: dict[str, dict[str, Any]] = {
     # One of three fused matrices in full precision, and a head that is quantized too.
     "int8 but some": {"load_in_8bit": True, "llm_int8_skip_modules": ["v_proj", "model.vision_tower", "gate_proj"]},
 }
+
+
+def with_their_layers(folder: Path, scheme: Quantization) -> LlavaForConditionalGeneration:
+    """transformers' model of ``folder`` with bitsandbytes' own layers in its decoder, activations in float32."""
+    options = SAVED[scheme] | {
+        "llm_int8_skip_modules": ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+    }
+    model = LlavaForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=BitsAndBytesConfig(**options), device_map={"": "cpu"}
+    ).eval()
+    layers = [module for module in model.modules() if isinstance(module, bnb_nn.Linear4bit | bnb_nn.Linear8bitLt)]
+    assert len(layers) == 7 * model.config.text_config.num_hidden_layers
+    for layer in layers:
+        if isinstance(layer, bnb_nn.Linear4bit):
+            # Where a CPU has bfloat16 it would multiply in that.
+            layer.support_avx512bf16_for_cpu = False
+    return model
 
 
 def save_quantized(source: Path, folder: Path, options: dict[str, Any]) -> LlavaForConditionalGeneration:

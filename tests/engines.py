@@ -1,12 +1,15 @@
 """Drives an Engine without processes: pictures, prompts, and a loop that answers its questions for pixels."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
+from sightline_kernels.dispatch import REFERENCES
+from sightline_kernels.layout import PagedLayout
 from sightline_models.config import Normalization
 from sightline_models.images import Pixels
 from sightline_models.vlm import Vlm
@@ -43,7 +46,45 @@ def make_engine(model: Vlm, *, device: str = "cpu", **bounds: Any) -> Engine:
     dtype = next(model.parameters()).dtype
     threads = bounds.pop("threads", 1)
     config = EngineConfig(**values | bounds)
-    return assemble(model, config, device=torch.device(device), dtype=dtype, threads=threads)
+    recorder = CallAgain() if config.graphs and device != "cuda" else None
+    return assemble(model, config, device=torch.device(device), dtype=dtype, threads=threads, recorder=recorder)
+
+
+class CallAgain:
+    """Stands in for CUDA graphs where there is no GPU: does the work again, into the tensors of the first time.
+
+    As in a memory pool that recordings share, a replay spoils what all of them left.
+    """
+
+    def __init__(self) -> None:
+        self._all: list[torch.Tensor] = []
+
+    def record(
+        self, work: Callable[[], tuple[torch.Tensor, ...]]
+    ) -> tuple[tuple[torch.Tensor, ...], Callable[[], None]]:
+        results = tuple(result.clone() for result in work())
+        self._all += results
+
+        def replay() -> None:
+            for tensor in self._all:
+                tensor.fill_(torch.nan if tensor.is_floating_point() else -(2**40))
+            for result, again in zip(results, work(), strict=True):
+                result.copy_(again)
+
+        return results, replay
+
+
+def attend_by_device(
+    q_THD: torch.Tensor, k_cache_NPGD: torch.Tensor, v_cache_NPGD: torch.Tensor, layout: PagedLayout, scale: float
+) -> torch.Tensor:
+    """The reference's attention from device tensors alone, as a recording needs it: the host's lengths are bounds."""
+    contexts = tuple(layout.context_len_B.tolist())
+    assert all(known <= bound for known, bound in zip(contexts, layout.context_lens, strict=True))
+    seen = dataclasses.replace(layout, context_lens=contexts, memo={})
+    return REFERENCES.paged_attention(q_THD, k_cache_NPGD, v_cache_NPGD, seen, scale)
+
+
+RECORDABLE = dataclasses.replace(REFERENCES, paged_attention=attend_by_device)
 
 
 def picture(size: int, seed: int) -> Pixels:

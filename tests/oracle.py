@@ -122,9 +122,22 @@ def reference_logits(model: LlavaForConditionalGeneration, case: Case) -> Tensor
     return output.logits[0].float()
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", quantize: Quantization = "none") -> Vlm:
-    where = torch.device(device)
-    return load_vlm(folder, read_config(folder), CLIP_NORMALIZATION, dtype=dtype, device=where, quantize=quantize)
+def load(
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    quantize: Quantization = "none",
+    quantize_vision: bool = False,
+) -> Vlm:
+    return load_vlm(
+        folder,
+        read_config(folder),
+        CLIP_NORMALIZATION,
+        dtype=dtype,
+        device=torch.device(device),
+        quantize=quantize,
+        quantize_vision=quantize_vision,
+    )
 
 
 class PagedRun:

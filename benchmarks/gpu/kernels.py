@@ -74,6 +74,9 @@ def trials(rows: int, kv_heads: int, dtype: torch.dtype, device: str) -> list[Tr
     def silu_mul(kernels: Kernels, kind: torch.dtype) -> tuple[Tensor, ...]:
         return (kernels.silu_mul(gate_up_T2F.to(kind)),)
 
+    def quick_gelu(kernels: Kernels, kind: torch.dtype) -> tuple[Tensor, ...]:
+        return (kernels.quick_gelu(gate_up_T2F.to(kind)),)
+
     def store_kv(kernels: Kernels, kind: torch.dtype) -> tuple[Tensor, ...]:
         (_, k_TGD, v_TGD), filled = split(kind), caches(kind)
         kernels.store_kv(k_TGD, v_TGD, *filled, slots_T)
@@ -106,7 +109,16 @@ def trials(rows: int, kv_heads: int, dtype: torch.dtype, device: str) -> list[Tr
     def nf4_linear(kernels: Kernels, kind: torch.dtype) -> tuple[Tensor, ...]:
         return (kernels.nf4_linear(x_TD.to(kind), packed_Q, absmax_K, pairs_P2, None, HIDDEN),)
 
-    operations = (add_rms_norm, silu_mul, store_kv, rotary_store_kv, paged_attention, int8_linear, nf4_linear)
+    operations = (
+        add_rms_norm,
+        silu_mul,
+        store_kv,
+        rotary_store_kv,
+        paged_attention,
+        int8_linear,
+        nf4_linear,
+        quick_gelu,
+    )
     calls = {call.__name__: call for call in operations}
     assert set(calls) == set(OPERATIONS), f"trials of {sorted(calls)}, twins of {OPERATIONS}"
     return [Trial(name, call) for name, call in calls.items()]

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from sightline_kernels.int8_linear.reference import int8_linear
 from sightline_kernels.layout import PagedLayout
-from sightline_kernels.nf4_linear.reference import nf4_linear
+from sightline_kernels.nf4_linear.reference import Scales, nf4_linear
 from sightline_kernels.paged_attention.reference import paged_attention
+from sightline_kernels.quick_gelu.reference import quick_gelu
 from sightline_kernels.rms_norm.reference import add_rms_norm
 from sightline_kernels.rotary_store_kv.reference import rotary_store_kv
+from sightline_kernels.sample.reference import sample
 from sightline_kernels.silu_mul.reference import silu_mul
 from sightline_kernels.store_kv.reference import store_kv
 
@@ -36,7 +38,7 @@ class FusedRefusedError(ValueError):
 
 @dataclass(frozen=True)
 class Kernels:
-    """The operations of a decoder, each its reference or the fused twin of the same signature."""
+    """The operations of a model, each its reference or the fused twin of the same signature."""
 
     add_rms_norm: Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
     silu_mul: Callable[[Tensor], Tensor]
@@ -44,11 +46,20 @@ class Kernels:
     rotary_store_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     paged_attention: Callable[[Tensor, Tensor, Tensor, PagedLayout, float], Tensor]
     int8_linear: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-    nf4_linear: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, int], Tensor]
+    nf4_linear: Callable[[Tensor, Tensor, Scales, Tensor, Tensor | None, int], Tensor]
     """Of blocks of 64; others are the reference's."""
+    sample: Callable[..., Tensor]
+    quick_gelu: Callable[[Tensor], Tensor]
+
+    @property
+    def can_be_recorded(self) -> bool:
+        """Whether a step of decodes reads nothing of the layout but device tensors, so that it can be replayed."""
+        return self.paged_attention is not paged_attention
 
 
-REFERENCES = Kernels(add_rms_norm, silu_mul, store_kv, rotary_store_kv, paged_attention, int8_linear, nf4_linear)
+REFERENCES = Kernels(
+    add_rms_norm, silu_mul, store_kv, rotary_store_kv, paged_attention, int8_linear, nf4_linear, sample, quick_gelu
+)
 OPERATIONS = tuple(field.name for field in fields(Kernels))
 
 
@@ -155,6 +166,7 @@ def _twins(workload: Workload) -> tuple[Kernels, dict[str, str]]:
     from sightline_kernels.launch import is_interpreting
     from sightline_kernels.nf4_linear import fused as nf4
     from sightline_kernels.paged_attention import fused as attention
+    from sightline_kernels.quick_gelu import fused as quick_gelu
     from sightline_kernels.rms_norm import fused as rms_norm
     from sightline_kernels.rotary_store_kv import fused as rotary
     from sightline_kernels.silu_mul import fused as silu
@@ -168,12 +180,15 @@ def _twins(workload: Workload) -> tuple[Kernels, dict[str, str]]:
         attention.paged_attention,
         int8.int8_linear,
         nf4.nf4_linear,
+        sample,
+        quick_gelu.quick_gelu,
     )
     widths = (workload.hidden_size, workload.num_heads * workload.head_dim, workload.intermediate_size)
     said = {
         "add_rms_norm": rms_norm.refusal(workload.hidden_size),
         "silu_mul": silu.refusal(workload.intermediate_size),
         "store_kv": store.refusal(),
+        "quick_gelu": quick_gelu.refusal(),
         "rotary_store_kv": rotary.refusal(workload.head_dim),
         "paged_attention": attention.refusal(workload.num_heads, workload.num_kv_heads, workload.head_dim),
     }

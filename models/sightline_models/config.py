@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from sightline_models.checkpoint_fields import CheckpointError as CheckpointError
 from sightline_models.checkpoint_fields import Fields
-from sightline_models.quantization_config import Quantization, read_quantization
+from sightline_models.quantization_config import Quantization, read_compressed_scales, read_quantization
 
 ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -128,6 +128,8 @@ class VlmConfig:
     """Whether every part is what LLaVA-1.5 has, so that its chat template may stand in for a missing one."""
     quantization: Quantization = "none"
     """How the weights on disk are quantized, those of them that are."""
+    compressed_scales: bool = False
+    """Whether the scales of NF4 weights on disk are quantized too."""
 
     @property
     def feature_depths(self) -> tuple[int, ...]:
@@ -202,6 +204,7 @@ def read_config(folder: Path) -> VlmConfig:
             and vision.hidden_act == "quick_gelu"
         ),
         quantization=read_quantization(top),
+        compressed_scales=read_compressed_scales(top),
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sightline_kernels.dispatch import Kernels
 from sightline_kernels.layout import PagedLayout
 from sightline_kernels.linear.reference import can_pack, linear, pack
+from sightline_kernels.quick_gelu.reference import quick_gelu
 from sightline_models.config import DecoderConfig
 
 
@@ -21,14 +22,10 @@ def _gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-def _quick_gelu(x: Tensor) -> Tensor:
-    return (x * 1.702).sigmoid_().mul_(x)
-
-
 ACTIVATION_FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_pytorch_tanh": _gelu_tanh,
-    "quick_gelu": _quick_gelu,
+    "quick_gelu": quick_gelu,
     "relu": F.relu,
     "silu": F.silu,
 }

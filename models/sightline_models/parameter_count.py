@@ -15,6 +15,9 @@ QUANTIZED_BITS: Mapping[str, float] = {"int8": 8.0, "nf4": 4.5}
 """Bits a weight of the decoder's linears takes: nf4 keeps a float32 scale for each 64 of them, int8 one a row, which is
 nothing. The rest of the model and the cache stay in a precision of ``ITEM_BYTES``."""
 
+COMPRESSED_BITS = 4 + 8 / 64 + 64 / (64 * 256)
+"""The same of nf4 whose scales are quantized too: eight bits for 64 weights, two float32 numbers for 256 of those."""
+
 
 @dataclass(frozen=True)
 class ParameterCount:
@@ -27,6 +30,8 @@ class ParameterCount:
     decoder_linears: int
     """What quantization would shrink."""
     decoder_rest: int
+    vision_linears: int
+    """Of tower and projector, what it would shrink with ``--quantize-vision``; counted there already."""
 
     @property
     def total(self) -> int:
@@ -44,15 +49,27 @@ def count_parameters(config: VlmConfig) -> ParameterCount:
         embedding=tables * decoder.vocab_size * decoder.hidden_size,
         decoder_linears=decoder.num_layers * layer,
         decoder_rest=(2 * decoder.num_layers + 1) * decoder.hidden_size + decoder.num_layers * _biases(decoder),
+        vision_linears=_tower_linears(config) + _projector_linears(config),
     )
 
 
-def weight_bytes(count: ParameterCount, precision: str, rest: str = "bfloat16") -> int:
-    """Bytes of the weights at any precision; where it is one of ``QUANTIZED_BITS``, ``rest`` is that of all others."""
+def weight_bytes(
+    count: ParameterCount,
+    precision: str,
+    rest: str = "bfloat16",
+    *,
+    vision: bool = False,
+    compressed_scales: bool = False,
+) -> int:
+    """Bytes of the weights at any precision; where it is one of ``QUANTIZED_BITS``, ``rest`` is that of all others.
+
+    ``vision`` and ``compressed_scales`` count only there: whether tower and projector are quantized, and nf4's scales.
+    """
     if precision in ITEM_BYTES:
         return count.total * ITEM_BYTES[precision]
-    quantized = int(count.decoder_linears * QUANTIZED_BITS[precision] / 8)
-    return quantized + ITEM_BYTES[rest] * (count.total - count.decoder_linears)
+    linears = count.decoder_linears + (count.vision_linears if vision else 0)
+    bits = COMPRESSED_BITS if compressed_scales and precision == "nf4" else QUANTIZED_BITS[precision]
+    return int(linears * bits / 8) + ITEM_BYTES[rest] * (count.total - linears)
 
 
 def kv_bytes_per_token(decoder: DecoderConfig, precision: str) -> int:
@@ -80,11 +97,19 @@ def _tower(config: VlmConfig) -> int:
     tower = config.vision
     width = tower.hidden_size
     embeddings = 3 * tower.patch_size**2 * width + width + (tower.num_patches + 1) * width + 2 * width
-    attention = 4 * width * width + 4 * width
-    feed_forward = 2 * width * tower.intermediate_size + tower.intermediate_size + width
-    return embeddings + max(config.feature_depths) * (attention + feed_forward + 4 * width)
+    biases = 4 * width + tower.intermediate_size + width
+    return embeddings + _tower_linears(config) + max(config.feature_depths) * (biases + 4 * width)
+
+
+def _tower_linears(config: VlmConfig) -> int:
+    width = config.vision.hidden_size
+    return max(config.feature_depths) * (4 * width * width + 2 * width * config.vision.intermediate_size)
 
 
 def _projector(config: VlmConfig) -> int:
+    return _projector_linears(config) + 2 * config.projector.bias * config.projector.out_size
+
+
+def _projector_linears(config: VlmConfig) -> int:
     projector = config.projector
-    return projector.out_size * (projector.in_size + projector.out_size + 2 * projector.bias)
+    return projector.out_size * (projector.in_size + projector.out_size)

@@ -40,13 +40,26 @@ def read_quantization(top: Fields) -> Quantization:
     return "nf4"
 
 
-def choose_quantization(stored: Quantization, asked: Quantization) -> Quantization:
-    """The scheme served when weights ``stored`` so are to be served as ``asked``; none asks for what is stored."""
-    if asked in ("none", stored):
-        return stored
-    if stored == "none":
-        return asked
-    raise CheckpointError(
-        f"--quantize {asked}: this checkpoint is already quantized, as {stored} (config.json: quantization_config); "
-        f"leave --quantize out, or take the unquantized checkpoint"
-    )
+def read_compressed_scales(top: Fields) -> bool:
+    """Whether the scales of 4-bit weights on disk are quantized once more ("double quantization")."""
+    if not top.get("quantization_config", None):
+        return False
+    return top.section("quantization_config").flag("bnb_4bit_use_double_quant", False)
+
+
+def choose_quantization(stored: Quantization, asked: Quantization, *, vision: bool = False) -> Quantization:
+    """The scheme served when weights ``stored`` so are to be served as ``asked``; none asks for what is stored.
+
+    ``vision`` says whether the tower is to be quantized too, which a file that is quantized has settled.
+    """
+    if asked not in ("none", stored) and stored != "none":
+        raise CheckpointError(
+            f"--quantize {asked}: this checkpoint is already quantized, as {stored} (config.json: "
+            "quantization_config); leave --quantize out, or take the unquantized checkpoint"
+        )
+    if vision and stored != "none":
+        raise CheckpointError(
+            f"--quantize-vision: this checkpoint is already quantized, as {stored}, its tower as the files have it; "
+            "leave --quantize-vision out, or take the unquantized checkpoint"
+        )
+    return stored if asked == "none" else asked

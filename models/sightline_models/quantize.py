@@ -21,6 +21,7 @@ from sightline_kernels.nf4_linear import reference as nf4
 from sightline_models.layers import Linear
 
 _LARGEST_BLOCK = 2**16
+_LARGEST_OFFSET = 1e38
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Nf4Weight:
     """A matrix, or several with rows after one another, whose numbers are cut into blocks of one size."""
 
     packed_Q: Tensor
-    absmax_K: Tensor
+    scales: nf4.Scales
     shape: tuple[int, int]
     block_size: int
 
@@ -66,8 +67,13 @@ class Nf4Linear(nn.Module):
     """Stands where a ``Linear`` stands; NF4 in memory, multiplied in the dtype of its input."""
 
     packed_Q: Tensor
-    absmax_K: Tensor
     pairs_P2: Tensor
+    absmax_K: Tensor
+    """Where scales are in float32; where they are compressed, these four and ``group``."""
+    codes_K: Tensor
+    map_P: Tensor
+    absmax_C: Tensor
+    offset_C: Tensor
 
     def __init__(self, weight: Nf4Weight, bias: nn.Parameter | None, kernels: Kernels) -> None:
         super().__init__()
@@ -75,12 +81,27 @@ class Nf4Linear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.block_size = weight.block_size
         self.register_buffer("packed_Q", weight.packed_Q)
-        self.register_buffer("absmax_K", weight.absmax_K)
+        scales = weight.scales
+        self.group = 0
+        if isinstance(scales, nf4.CompressedScales):
+            self.group = scales.group
+            self.register_buffer("codes_K", scales.codes_K)
+            self.register_buffer("map_P", scales.map_P)
+            self.register_buffer("absmax_C", scales.absmax_C)
+            self.register_buffer("offset_C", scales.offset_C)
+        else:
+            self.register_buffer("absmax_K", scales)
         self.register_buffer("pairs_P2", nf4.byte_pairs(weight.packed_Q.device), persistent=False)
         self.bias = bias
 
+    @property
+    def scales(self) -> nf4.Scales:
+        if not self.group:
+            return self.absmax_K
+        return nf4.CompressedScales(self.codes_K, self.map_P, self.absmax_C, self.offset_C, self.group)
+
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.packed_Q, self.absmax_K, self.pairs_P2
+        weight = self.packed_Q, self.scales, self.pairs_P2
         if self.block_size != nf4.BLOCK_SIZE:
             return nf4.nf4_linear(x, *weight, self.bias, self.out_features, self.block_size)
         return self.kernels.nf4_linear(x, *weight, self.bias, self.out_features)
@@ -111,13 +132,32 @@ def make_linear(
     if len(blocks) == len(parts) and _share_blocks(blocks):
         first = blocks[0]
         shape = (sum(part.shape[0] for part in blocks), first.shape[1])
-        packed_Q, absmax_K = _joined([part.packed_Q for part in blocks]), _joined([part.absmax_K for part in blocks])
-        return Nf4Linear(Nf4Weight(packed_Q, absmax_K, shape, first.block_size), bias, kernels)
+        packed_Q, scales = _joined([part.packed_Q for part in blocks]), _joined_scales([part.scales for part in blocks])
+        return Nf4Linear(Nf4Weight(packed_Q, scales, shape, first.block_size), bias, kernels)
     return SideBySide([_make_part(part, kernels) for part in parts], bias)
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+
+
+def _joined_scales(parts: Sequence[nf4.Scales]) -> nf4.Scales:
+    """Compressed scales stay so where the groups of all lie in step, else they are made whole."""
+    compressed = [part for part in parts if isinstance(part, nf4.CompressedScales)]
+    first = compressed[0] if len(compressed) == len(parts) else None
+    if (
+        first is None
+        or any(part.group != first.group or not torch.equal(part.map_P, first.map_P) for part in compressed)
+        or any(part.codes_K.numel() % first.group for part in compressed[:-1])
+    ):
+        return _joined([nf4.expand_scales(part) for part in parts])
+    return nf4.CompressedScales(
+        _joined([part.codes_K for part in compressed]),
+        first.map_P,
+        _joined([part.absmax_C for part in compressed]),
+        _joined([part.offset_C for part in compressed]),
+        first.group,
+    )
 
 
 def _share_blocks(weights: Sequence[Nf4Weight]) -> bool:
@@ -225,14 +265,14 @@ class Nf4Scheme(Scheme):
         known = nf4.levels(packed_Q.device)
         if quant_map is not None and (quant_map.shape != (16,) or not torch.allclose(quant_map.float(), known)):
             raise ValueError("has a quant_map that is not NF4's")
-        absmax_K = self._scales(tensors, state)
+        scales = self._scales(tensors, state)
+        absmax_K = nf4.expand_scales(scales)
         if absmax_K.numel() != -(-count // size) or not absmax_K.isfinite().all():
             raise ValueError(f"has scales (absmax) that are not {-(-count // size)} finite numbers")
-        return Nf4Weight(packed_Q, absmax_K, shape, size)
+        return Nf4Weight(packed_Q, scales, shape, size)
 
     @staticmethod
-    def _scales(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Tensor:
-        """The scales in float32, those that were quantized once more made whole."""
+    def _scales(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> nf4.Scales:
         absmax_K = tensors["weight.absmax"].reshape(-1)
         if absmax_K.is_floating_point():
             return absmax_K.float()
@@ -240,10 +280,17 @@ class Nf4Scheme(Scheme):
         nested_absmax, nested_map = tensors.get("weight.nested_absmax"), tensors.get("weight.nested_quant_map")
         if nested_absmax is None or nested_map is None or type(group) is not int or not isinstance(offset, int | float):
             raise ValueError("has quantized scales (absmax) and not all that nested_* must say about them")
-        nested_absmax = nested_absmax.reshape(-1)
-        if group < 1 or nested_map.shape != (256,) or nested_absmax.numel() != -(-absmax_K.numel() // group):
+        absmax_C = nested_absmax.reshape(-1).float()
+        if (
+            not 1 <= group <= _LARGEST_BLOCK
+            or absmax_K.dtype != torch.uint8
+            or nested_map.shape != (256,)
+            or absmax_C.numel() != -(-absmax_K.numel() // group)
+            or not abs(offset) < _LARGEST_OFFSET
+        ):
             raise ValueError("has quantized scales (absmax) that don't fit their nested_* tensors")
-        return nf4.expand_scales(absmax_K, nested_map, nested_absmax, float(offset), group)
+        offset_C = torch.full_like(absmax_C, offset)
+        return nf4.CompressedScales(absmax_K, nested_map.float(), absmax_C, offset_C, group)
 
 
 SCHEMES: Mapping[str, Scheme] = {scheme.name: scheme for scheme in (Int8Scheme(), Nf4Scheme())}

@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sightline_kernels.dispatch import REFERENCES, Kernels
 from sightline_models.config import VisionConfig
 from sightline_models.layers import ACTIVATION_FUNCTIONS, Linear
 
 
 class ClipVit(nn.Module):
-    def __init__(self, config: VisionConfig, depths: tuple[int, ...]) -> None:
+    def __init__(self, config: VisionConfig, depths: tuple[int, ...], kernels: Kernels = REFERENCES) -> None:
         """``depths`` count layers run: the features after each are wanted. No layer past the deepest is made."""
         super().__init__()
         self.config = config
@@ -24,7 +25,7 @@ class ClipVit(nn.Module):
         self.class_embedding = nn.Parameter(torch.zeros(config.hidden_size))
         self.position_embedding = nn.Parameter(torch.zeros(config.num_patches + 1, config.hidden_size))
         self.pre_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(max(depths)))
+        self.layers = nn.ModuleList(VisionLayer(config, kernels) for _ in range(max(depths)))
 
     def forward(self, pixels_NYXC: Tensor) -> Tensor:
         """Return the wanted features side by side, [N, S, W * len(depths)], class token first."""
@@ -52,7 +53,7 @@ class ClipVit(nn.Module):
 class VisionLayer(nn.Module):
     """Self-attention and feed-forward, each behind a norm and added to the residual stream."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, kernels: Kernels) -> None:
         super().__init__()
         self.num_heads = config.num_heads
         self.norm_1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -61,7 +62,8 @@ class VisionLayer(nn.Module):
         self.norm_2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.fc_1 = Linear(config.hidden_size, config.intermediate_size)
         self.fc_2 = Linear(config.intermediate_size, config.hidden_size)
-        self.activation = ACTIVATION_FUNCTIONS[config.hidden_act]
+        known = ACTIVATION_FUNCTIONS[config.hidden_act]
+        self.activation = kernels.quick_gelu if config.hidden_act == "quick_gelu" else known
 
     def forward(self, hidden_NSW: Tensor) -> Tensor:
         hidden_NSW = hidden_NSW + self._attend(self.norm_1(hidden_NSW))

@@ -25,7 +25,7 @@ class Vlm(nn.Module):
         super().__init__()
         self.config = config
         self.normalization = normalization
-        self.vision = ClipVit(config.vision, config.feature_depths)
+        self.vision = ClipVit(config.vision, config.feature_depths, kernels)
         self.projector = Projector(config.projector)
         self.decoder = Decoder(config.decoder, kernels)
         self.build_tables()

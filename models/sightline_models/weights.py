@@ -81,15 +81,17 @@ def load_vlm(
     device: torch.device,
     kernels: Kernels = REFERENCES,
     quantize: Quantization = "none",
+    quantize_vision: bool = False,
     progress: Callable[[float], None] | None = None,
 ) -> Vlm:
     """Read a checkpoint folder's safetensors onto ``device``, cast to ``dtype`` what isn't quantized.
 
-    ``quantize`` names a scheme for the decoder's linears; a checkpoint that is quantized is loaded as it lies.
+    ``quantize`` names a scheme for the decoder's linears, and with ``quantize_vision`` for tower's and projector's; a
+    checkpoint that is quantized is loaded as it lies.
     ``progress`` is told the fraction of bytes read. Raises CheckpointError naming each tensor that is missing,
     unknown or of the wrong shape, before anything is read.
     """
-    scheme = SCHEMES.get(choose_quantization(config.quantization, quantize))
+    scheme = SCHEMES.get(choose_quantization(config.quantization, quantize, vision=quantize_vision))
     is_stored = config.quantization != "none"
     entries = read_entries(folder)
     vlm = _meta_vlm(config, normalization, kernels)
@@ -99,7 +101,7 @@ def load_vlm(
     if is_stored:
         quantized = {linear for reading in plan if reading.companions and (linear := slots[reading.name].linear)}
     elif scheme is not None:
-        quantized = decoder_linears(vlm)
+        quantized = linears_to_quantize(vlm, vision=quantize_vision)
     _materialize(vlm, dtype=dtype, device=device, but=quantized)
     slots = dict(_slots(vlm))
     total = sum(reading.num_bytes for reading in plan) or 1
@@ -143,14 +145,15 @@ def random_vlm(
     seed: int,
     kernels: Kernels = REFERENCES,
     quantize: Quantization = "none",
+    quantize_vision: bool = False,
 ) -> Vlm:
     """A model of the true shape with random weights made on the device, scaled so that sampled text varies.
 
-    With ``quantize``, the decoder's linears are those drawn without it, each quantized as soon as it is drawn.
+    With ``quantize``, linears are those drawn without it, each quantized as soon as it is drawn.
     """
     vlm = _meta_vlm(config, normalization, kernels)
     scheme = SCHEMES.get(quantize)
-    quantized = decoder_linears(vlm) if scheme is not None else set()
+    quantized = linears_to_quantize(vlm, vision=quantize_vision) if scheme is not None else set()
     linears = {linear.weight: linear for linear in quantized}
     _materialize(vlm, dtype=dtype, device=device, but=quantized)
     generator = torch.Generator(device=device).manual_seed(seed)
@@ -174,9 +177,15 @@ def random_vlm(
     return vlm
 
 
-def decoder_linears(vlm: Vlm) -> set[Linear]:
-    """What ``--quantize`` quantizes: bitsandbytes leaves the head alone, and tower and projector are small."""
-    return {module for module in vlm.decoder.layers.modules() if isinstance(module, Linear)}
+def linears_to_quantize(vlm: Vlm, *, vision: bool) -> set[Linear]:
+    """What ``--quantize`` quantizes: the decoder's, and with ``vision`` all that bitsandbytes would.
+
+    It leaves the head alone. What cuts a picture into patches is a linear layer only here; there it is a convolution.
+    """
+    parts: list[nn.Module] = [vlm.decoder.layers]
+    if vision:
+        parts += [vlm.vision.layers, vlm.projector]
+    return {module for part in parts for module in part.modules() if isinstance(module, Linear)}
 
 
 def _meta_vlm(config: VlmConfig, normalization: Normalization, kernels: Kernels) -> Vlm:
@@ -239,7 +248,9 @@ def _check_finite(tensor: Tensor, entry: TensorEntry, dtype: torch.dtype) -> Non
 def _replace(vlm: Vlm, linear: Linear, parts: Sequence[QuantizedWeight | Tensor]) -> None:
     """Put a layer made of ``parts`` where ``linear`` stood without a weight."""
     name = next(name for name, module in vlm.named_modules() if module is linear)
-    vlm.set_submodule(name, make_linear(parts, linear.bias, vlm.decoder.kernels).eval())
+    # Twins were asked only about the decoder's widths, and a picture has more rows than they'd take anyway.
+    kernels = vlm.decoder.kernels if name.startswith("decoder.") else REFERENCES
+    vlm.set_submodule(name, make_linear(parts, linear.bias, kernels).eval())
 
 
 def _match(

@@ -69,6 +69,9 @@ class Settings:
         "checkpoint is.",
         section="Model",
     )
+    quantize_vision: bool = _row(
+        False, "Quantize the vision tower and projector too; needs --quantize.", section="Model"
+    )
     max_model_len: int = _row(
         0, "Longest prompt plus answer, in tokens. 0: what the checkpoint allows.", section="Model", minimum=0
     )
@@ -84,6 +87,13 @@ class Settings:
     block_size: int = _row(16, "Tokens a cache block holds.", section="Engine", minimum=1, maximum=256)
     max_step_tokens: int = _row(
         0, "Most tokens computed in one step. 0: 2048 on a GPU, 512 on a CPU.", section="Engine", minimum=0
+    )
+    mixed_step_tokens: int = _row(
+        0,
+        "Most prompt tokens in a step that also continues answers: fewer keep those even, more read prompts sooner. "
+        "0: 512 on a GPU, on a CPU no other bound than --max-step-tokens.",
+        section="Engine",
+        minimum=0,
     )
     max_running: int = _row(256, "Most requests computed at once.", section="Engine", minimum=1)
     gpu_memory_utilization: float = _row(
@@ -102,6 +112,12 @@ class Settings:
         "reference",
         "Kernels in plain torch (reference), fused for a GPU (fused), or fused wherever they can be (auto). Until the "
         "fused ones have been run on a GPU, scripts/gpu_check says whether yours takes them.",
+        section="Engine",
+    )
+    overlap: bool = _row(True, "On a GPU, plan and launch a step while the one before it is running.", section="Engine")
+    cuda_graphs: bool = _row(
+        True,
+        "On a GPU, replay image encoding and, where the kernels are fused, decode steps from CUDA graphs.",
         section="Engine",
     )
     deterministic: bool = _row(
@@ -260,6 +276,8 @@ def load(flags: Mapping[str, str | Sequence[str]], environ: Mapping[str, str] | 
 def _check_together(settings: Settings) -> None:
     if settings.model and settings.random:
         raise SettingsError("A model folder and --random exclude each other: give one.")
+    if settings.quantize_vision and settings.quantize == "none":
+        raise SettingsError("--quantize-vision needs a scheme: add --quantize int8 or --quantize nf4.")
     if settings.api_key_file and not Path(settings.api_key_file).is_file():
         raise SettingsError(f"--api-key-file {settings.api_key_file!r} is no readable file.")
     if settings.chat_template and not Path(settings.chat_template).is_file():

@@ -1,14 +1,17 @@
 """What holds on a CPU holds on a GPU: the same tests, the GPU's marked so."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from engines import CLIP, Album, make_engine, make_prompt, make_request, picture, run
+from engines import CLIP, RECORDABLE, Album, make_engine, make_prompt, make_request, picture, run
 from torch.overrides import TorchFunctionMode
 
+from sightline_kernels.dispatch import REFERENCES, choose
 from sightline_models.config import read_config
+from sightline_models.decoder import kernel_workload
 from sightline_models.tiny import write_checkpoint
 from sightline_models.vlm import Vlm
 from sightline_models.weights import load_vlm
@@ -90,6 +93,43 @@ def test_preempted_requests_go_on_where_they_were(folder: Path, device: str) -> 
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "mode", [{"overlap": True}, {"graphs": True}, {"overlap": True, "graphs": True}], ids=["late", "recorded", "both"]
+)
+def test_late_and_recorded_steps_answer_as_plain_ones(folder: Path, device: str, mode: dict[str, bool]) -> None:
+    """On a GPU with the kernels that are recorded there; the CPU has stand-ins (``CallAgain``)."""
+    album, plain = Album(), load(folder, "cpu")
+    requests = [*mixed_requests(plain, album, max_tokens=20), *mixed_requests(plain, album, temperature=1.0, top_p=0.9)]
+    requests = [make_request(f"n{i}", each.prompt, **_params(each)) for i, each in enumerate(requests)]
+    expected = run(make_engine(plain), requests, album)
+    config = read_config(folder)
+    where = torch.device(device)
+    fused = choose("auto", kernel_workload(config.decoder, dtype=torch.float32, device=where))
+    kernels = fused if device == "cuda" else RECORDABLE
+    model = load_vlm(folder, config, CLIP, dtype=torch.float32, device=where, kernels=kernels)
+    engine = make_engine(model, device=device, **mode)
+    for _ in range(2):
+        answers = run(engine, requests, album)
+        for name, answer in answers.items():
+            assert answer.token_ids == expected[name].token_ids
+            for logprob, right in zip(answer.logprobs, expected[name].logprobs, strict=True):
+                assert logprob == pytest.approx(right, abs=1e-3)
+    assert (engine.stats().graph_steps_total > 0) == ("graphs" in mode)
+
+
+def _params(request: Request) -> dict[str, Any]:
+    sampling = request.sampling
+    # Some are drawn from the recording, some again from its logits.
+    return {
+        "max_tokens": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "seed": sampling.seed,
+        "logprobs": sampling.seed % 2 == 1,
+    }
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_answers_whole_and_finite(folder: Path, device: str, dtype: torch.dtype) -> None:
     album, model = Album(), load(folder, device, dtype)
@@ -109,10 +149,20 @@ class NoWaiting(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def test_a_step_waits_for_its_tokens_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def unread_attention(q_THD: torch.Tensor, *_: Any) -> torch.Tensor:
+    return torch.empty_like(q_THD)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_step_waits_for_its_tokens_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, overlap: bool, graphs: bool
+) -> None:
     """Shown on the meta device, whose tensors hold no values: all that would wait for one raises, but for this one."""
     with torch.device("meta"):
-        model = Vlm(read_config(folder), CLIP).to(torch.bfloat16)
+        # What attention reads of the layout on a GPU is its kernel's business; here any that can be recorded will do.
+        kernels = dataclasses.replace(REFERENCES, paged_attention=unread_attention) if graphs else REFERENCES
+        model = Vlm(read_config(folder), CLIP, kernels).to(torch.bfloat16)
     model.build_tables()
     waits = []
 
@@ -122,7 +172,7 @@ def test_a_step_waits_for_its_tokens_alone(folder: Path, monkeypatch: pytest.Mon
         return [9] * len(tokens)
 
     monkeypatch.setattr(torch.Tensor, "tolist", tolist)
-    album, engine = Album(), make_engine(model, device="meta", max_step_tokens=48)
+    album, engine = Album(), make_engine(model, device="meta", max_step_tokens=48, overlap=overlap, graphs=graphs)
     requests = [
         *mixed_requests(model, album),
         make_request("filtered", make_prompt(model, album, [7]), temperature=1.0, top_p=0.5, top_k=3, min_p=0.1),
@@ -133,3 +183,4 @@ def test_a_step_waits_for_its_tokens_alone(folder: Path, monkeypatch: pytest.Mon
         answers = run(engine, requests, album)
     assert {answer.reason for answer in answers.values()} == {FinishReason.LENGTH}
     assert 0 < len(waits) <= engine.stats().steps_total
+    assert (engine.stats().graph_steps_total > 0) == graphs

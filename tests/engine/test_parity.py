@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engines import CLIP, Album, Answer, make_engine, make_prompt, make_request, picture, run
+from engines import CLIP, RECORDABLE, Album, Answer, make_engine, make_prompt, make_request, picture, run
 from PIL import ExifTags, Image, ImageOps
 from transformers import AutoImageProcessor, LlavaForConditionalGeneration
 
 import sightline_server.engine.runner as runner_module
+from sightline_kernels.dispatch import REFERENCES, Kernels
 from sightline_models.config import read_config
 from sightline_models.images import decode_image, prepare, read_preprocess_config
 from sightline_models.tiny import write_checkpoint
@@ -73,8 +74,12 @@ class Pair:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.ours = load_vlm(folder, read_config(folder), CLIP, dtype=torch.float32, device=torch.device("cpu"))
+        self.ours = self.load(REFERENCES)
         self.theirs = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def load(self, kernels: Kernels) -> Vlm:
+        config, cpu = read_config(self.folder), torch.device("cpu")
+        return load_vlm(self.folder, config, CLIP, dtype=torch.float32, device=cpu, kernels=kernels)
 
     @torch.inference_mode()
     def reference(self, request: Request, token_ids: list[int], album: Album) -> torch.Tensor:
@@ -96,10 +101,10 @@ class Recorder:
     def __init__(self) -> None:
         self.rows: dict[tuple[str, int], torch.Tensor] = {}
 
-    def __call__(self, logits_SV: torch.Tensor, sequences: list[Any]) -> Any:
+    def __call__(self, logits_SV: torch.Tensor, sequences: list[Any], draw: Any) -> Any:
         for row, sequence in zip(logits_SV, sequences, strict=True):
-            self.rows[sequence.id, sequence.num_generated] = row.clone()
-        return self.choose(logits_SV, sequences)
+            self.rows[sequence.id, sequence.num_drawn] = row.clone()
+        return self.choose(logits_SV, sequences, draw)
 
     choose = staticmethod(runner_module.choose_tokens)
 
@@ -154,12 +159,27 @@ def test_alone(pair: Pair, recorder: Recorder) -> None:
         pytest.param({"max_step_tokens": 7, "max_running": 3}, id="chunks-of-7"),
         pytest.param({"prefix_caching": False, "encoder_cache_bytes": 0}, id="no-caches"),
         pytest.param({"deterministic": True}, id="deterministic"),
+        pytest.param({"overlap": True, "max_step_tokens": 23, "max_running": 16}, id="late"),
     ],
 )
 def test_in_a_mixed_batch_of_16(pair: Pair, recorder: Recorder, bounds: dict[str, Any]) -> None:
     album = Album()
     requests = requests_of(pair.ours, album)
     answers = run(make_engine(pair.ours, **bounds), requests, album)
+    assert_equal(pair, requests, answers, recorder, album)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_replayed_from_recordings(pair: Pair, recorder: Recorder, overlap: bool) -> None:
+    album = Album()
+    # With log-probabilities tokens are drawn again, from logits that the recording left.
+    requests = [
+        make_request(request.id, request.prompt, max_tokens=NEW_TOKENS, logprobs=True)
+        for request in requests_of(pair.ours, album)
+    ]
+    engine = make_engine(pair.load(RECORDABLE), graphs=True, overlap=overlap)
+    answers = run(engine, requests, album)
+    assert engine.stats().graph_steps_total >= NEW_TOKENS - 2
     assert_equal(pair, requests, answers, recorder, album)
 
 

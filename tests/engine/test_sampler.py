@@ -25,7 +25,12 @@ def logits(**values: float) -> torch.Tensor:
 
 
 def choose(row: torch.Tensor, sequence: Sequence) -> Sampled:
-    return choose_tokens(row, [sequence])[0]
+    return choose_all(row, [sequence])[0]
+
+
+def choose_all(rows: torch.Tensor, sequences: list[Sequence]) -> list[Sampled]:
+    drawn = choose_tokens(rows, sequences)
+    return drawn.read(drawn.tensors)
 
 
 def test_greedy_takes_the_best() -> None:
@@ -106,6 +111,6 @@ def test_rows_do_not_touch_each_other() -> None:
         make_sequence(temperature=1.3, seed=3, min_p=0.1, logprobs=True),
         make_sequence(temperature=0.0, logit_bias={1: 50.0}),
     ]
-    together = choose_tokens(rows, sequences)
-    alone = [choose_tokens(rows[i : i + 1], [sequence])[0] for i, sequence in enumerate(sequences)]
+    together = choose_all(rows, sequences)
+    alone = [choose(rows[i : i + 1], sequence) for i, sequence in enumerate(sequences)]
     assert together == alone

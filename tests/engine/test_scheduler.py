@@ -59,8 +59,8 @@ class House:
             self.vision.put(key, Entry())
         self.scheduler.commit(plan)
         for piece in plan.slices:
-            if piece.start + piece.length == len(piece.sequence.token_ids):
-                piece.sequence.token_ids.append(1)
+            if piece.samples:
+                self.scheduler.record(piece.sequence, 1)
         self.scheduler.check()
         return plan
 
@@ -78,6 +78,19 @@ def test_decodes_stand_first_and_prompts_fill_the_budget() -> None:
     assert shape(house.step()) == [("a", 6, 1), ("b", 7, 7)]
     assert shape(house.step()) == [("a", 7, 1), ("b", 14, 6)]
     assert shape(house.step()) == [("a", 8, 1), ("b", 20, 1)]
+
+
+def test_prompts_beside_answers_are_read_in_smaller_pieces() -> None:
+    house = House(budget=20, max_mixed_tokens=6)
+    house.add("a", 18)
+    assert shape(house.step()) == [("a", 0, 18)]
+    house.add("b", 9)
+    house.add("c", 5)
+    assert shape(house.step()) == [("a", 18, 1), ("b", 0, 6)]
+    assert shape(house.step()) == [("a", 19, 1), ("b", 6, 3), ("c", 0, 3)]
+    house.scheduler.finish(house.scheduler.running[0])
+    house.scheduler.finish(house.scheduler.running[0])
+    assert shape(house.step()) == [("c", 3, 2)]
 
 
 def test_first_come_first_served_within_a_class() -> None:

@@ -97,21 +97,27 @@ def test_nf4_is_bitsandbytes(shape: tuple[int, int], dtype: torch.dtype, kind: s
 def test_compressed_scales_are_bitsandbytes(shape: tuple[int, int]) -> None:
     weight = weight_of(shape, torch.float32, "outlier rows")
     packed, absmax = nf4.quantize(weight)
-    codes, absmax_of_groups, offset = nf4.compress_scales(absmax)
+    scales = nf4.compress_scales(absmax)
     their_packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     assert torch.equal(packed, their_packed.view(-1))
-    assert torch.equal(codes, state.absmax)
-    assert torch.equal(absmax_of_groups, state.state2.absmax)
-    assert offset == state.offset
-    assert torch.equal(nf4.dynamic_map(), state.state2.code)
-    expanded = nf4.expand_scales(codes, nf4.dynamic_map(), absmax_of_groups, float(offset))
-    assert torch.equal(expanded, bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset)
+    assert torch.equal(scales.codes_K, state.absmax)
+    assert torch.equal(scales.absmax_C, state.state2.absmax)
+    assert (scales.offset_C == state.offset).all()
+    assert torch.equal(scales.map_P, state.state2.code)
+    assert scales.group == state.state2.blocksize
+    their_absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    assert torch.equal(nf4.expand_scales(scales), their_absmax)
+    for out in DTYPES:
+        theirs = _dequantize_4bit_compute(their_packed.view(-1), their_absmax, state.code, 64, shape, out)
+        assert torch.equal(nf4.dequantize(packed, scales, nf4.byte_pairs(CPU), shape, out), theirs)
+        if shape[1] % 64 == 0:
+            state.dtype = out
+            assert torch.equal(theirs, bnb.dequantize_4bit(their_packed, state))
 
 
 def test_equal_scales_compress_to_their_mean() -> None:
     absmax = torch.full((300,), 0.25)
-    codes, absmax_of_groups, offset = nf4.compress_scales(absmax)
-    assert torch.equal(nf4.expand_scales(codes, nf4.dynamic_map(), absmax_of_groups, float(offset)), absmax)
+    assert torch.equal(nf4.expand_scales(nf4.compress_scales(absmax)), absmax)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

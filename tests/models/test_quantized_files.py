@@ -4,6 +4,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from oracle import load, reference_logits, save_random
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sightline_kernels.nf4_linear.reference import CompressedScales
 from sightline_models.config import CheckpointError, read_config
 from sightline_models.quantization_config import Quantization
 from sightline_models.quantize import Int8Linear, Nf4Linear, SideBySide
@@ -40,32 +42,93 @@ def test_checkpoints_saved_by_transformers_load_as_they_lie(kind: str, shape: st
         options["llm_int8_skip_modules"] = [*options["llm_int8_skip_modules"], "lm_head"]
     theirs = save_quantized(tmp_path / "plain", tmp_path / "quantized", options)
     scheme: Quantization = "int8" if "int8" in kind else "nf4"
-    assert read_config(tmp_path / "quantized").quantization == scheme
+    config = read_config(tmp_path / "quantized")
+    assert (config.quantization, config.compressed_scales) == (scheme, "double" in kind)
     cases = cases_of(theirs)
     expected = [reference_logits(theirs, case) for case in cases]
     vlm = load(tmp_path / "quantized")
     assert largest_difference(our_logits(vlm, cases), expected) <= TOLERANCE
-    tower = [module for module in vlm.vision.modules() if isinstance(module, Int8Linear | Nf4Linear | SideBySide)]
-    assert bool(tower) == ("some" not in kind)
+    for part in (vlm.vision, vlm.projector):
+        quantized = [module for module in part.modules() if isinstance(module, Int8Linear | Nf4Linear | SideBySide)]
+        # "Some" leaves out the tower alone.
+        assert bool(quantized) == ("some" not in kind or part is vlm.projector)
     # Asked for by name, the same; asked for otherwise, refused.
     assert largest_difference(our_logits(load(tmp_path / "quantized", quantize=scheme), cases), expected) <= TOLERANCE
     other: Quantization = "nf4" if scheme == "int8" else "int8"
     with pytest.raises(CheckpointError, match=f"--quantize {other}.*already quantized, as {scheme}.*leave --quantize"):
         load(tmp_path / "quantized", quantize=other)
+    with pytest.raises(CheckpointError, match=f"--quantize-vision.*already quantized, as {scheme}.*leave --quantize-v"):
+        load(tmp_path / "quantized", quantize=scheme, quantize_vision=True)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_int8_made_here_has_the_bytes_that_transformers_saves(tmp_path: Path) -> None:
+@pytest.mark.parametrize("vision", [False, True], ids=["decoder", "tower too"])
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+def test_what_is_made_here_has_the_bytes_that_transformers_saves(
+    scheme: Quantization, vision: bool, tmp_path: Path
+) -> None:
     save_random(PLAIN, tmp_path / "plain")
-    options = SAVED["int8"] | {
-        "llm_int8_skip_modules": ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
-    }
-    save_quantized(tmp_path / "plain", tmp_path / "quantized", options)
-    made, saved = load(tmp_path / "plain", quantize="int8"), load(tmp_path / "quantized")
+    # Left to itself, transformers quantizes all but the head.
+    skipped = {"llm_int8_skip_modules": ["model.vision_tower", "model.multi_modal_projector", "lm_head"]}
+    save_quantized(tmp_path / "plain", tmp_path / "quantized", SAVED[scheme] | ({} if vision else skipped))
+    made = load(tmp_path / "plain", quantize=scheme, quantize_vision=vision)
+    saved = load(tmp_path / "quantized")
     ours, theirs = dict(made.named_buffers()), dict(saved.named_buffers())
     assert ours.keys() == theirs.keys()
-    assert sum(name.endswith("codes_OI") for name in ours) == 8
+    # Four layers of the decoder and of the tower have one matrix after fusing, and the projector has two.
+    codes = sum(name.endswith("codes_OI" if scheme == "int8" else "packed_Q") for name in ours)
+    assert codes == 4 * 2 + (4 * 2 + 2 if vision else 0)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# Every matrix of the decoder has whole groups of scales, so that fused ones keep theirs compressed.
+WHOLE_GROUPS = replace(
+    PLAIN,
+    text=PLAIN.text
+    | {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4},
+)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compressed_scales_stay_compressed(tmp_path: Path) -> None:
+    save_random(WHOLE_GROUPS, tmp_path / "plain")
+    theirs = save_quantized(tmp_path / "plain", tmp_path / "quantized", SAVED["nf4, double"])
+    vlm, cases = load(tmp_path / "quantized"), cases_of(theirs)
+    expected = [reference_logits(theirs, case) for case in cases]
+    assert largest_difference(our_logits(vlm, cases), expected) <= TOLERANCE
+    made = [module for module in vlm.decoder.modules() if isinstance(module, Nf4Linear)]
+    assert len(made) == 4 * 2
+    for linear in made:
+        scales, weights = linear.scales, linear.out_features * linear.in_features
+        assert isinstance(scales, CompressedScales)
+        kept = (scales.codes_K, scales.absmax_C, scales.offset_C)
+        assert linear.packed_Q.nbytes == weights // 2
+        assert sum(tensor.nbytes for tensor in kept) == weights // 64 + 2 * 4 * weights // (64 * 256)
+        assert not any(name == "absmax_K" for name, _ in linear.named_buffers())
+    qkv = vlm.decoder.layers[0].get_submodule("attention.qkv")
+    assert isinstance(qkv, Nf4Linear)
+    assert isinstance(qkv.scales, CompressedScales)
+    assert qkv.scales.offset_C.unique().numel() == 3, "three matrices have three means"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_scales_whose_groups_do_not_meet_are_made_whole(tmp_path: Path) -> None:
+    save_random(PLAIN, tmp_path / "plain")
+    save_quantized(tmp_path / "plain", tmp_path / "quantized", SAVED["nf4, double"])
+    layer = load(tmp_path / "quantized").decoder.layers[0]
+    qkv, o = layer.get_submodule("attention.qkv"), layer.get_submodule("attention.o")
+    assert isinstance(qkv, Nf4Linear)
+    assert isinstance(o, Nf4Linear)
+    assert isinstance(qkv.scales, Tensor)
+    assert isinstance(o.scales, CompressedScales)
+    weights = load_file(tmp_path / "quantized" / "model.safetensors")
+    whole = []
+    for name in ("q_proj", "k_proj", "v_proj"):
+        (base,) = [key for key in weights if key.endswith(f"layers.0.self_attn.{name}.weight") and "vision" not in key]
+        state = json.loads(bytes(weights[f"{base}.quant_state.bitsandbytes__nf4"].tolist()))
+        numbers = weights[f"{base}.nested_quant_map"][weights[f"{base}.absmax"].int()]
+        whole.append(numbers * weights[f"{base}.nested_absmax"] + torch.tensor(state["nested_offset"]))
+    assert torch.equal(qkv.scales, torch.cat(whole))
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +204,13 @@ DAMAGE: dict[str, tuple[Quantization, Callable[[dict[str, Tensor], str], object]
     "block size": ("nf4", _state(lambda s: s.update(blocksize=63)), "has blocksize 63"),
     "other blocks": ("nf4", _state(lambda s: s.update(blocksize=128)), "scales .absmax. that are not 48"),
     "group": ("nf4", _state(lambda s: s.update(nested_blocksize=0)), "don't fit their nested_"),
+    "large group": ("nf4", _state(lambda s: s.update(nested_blocksize=10**15)), "don't fit their nested_"),
+    "offset": ("nf4", _state(lambda s: s.update(nested_offset=10**400)), "don't fit their nested_"),
+    "wide codes": (
+        "nf4",
+        lambda w, n: w.update({f"{n}.weight.absmax": w[f"{n}.weight.absmax"].int()}),
+        "don't fit their nested_",
+    ),
     "no offset": ("nf4", _state(lambda s: s.pop("nested_offset")), "not all that nested_"),
     "other numbers": (
         "nf4",

@@ -106,6 +106,10 @@ def test_flags_become_settings() -> None:
         (["serve", "/nowhere"], "MODEL_DIR '/nowhere' is no folder. Give the folder that holds config.json."),
         (["serve", "/nowhere", "--random", "tiny"], "A model folder and --random exclude each other: give one."),
         (
+            ["serve", "--quantize-vision"],
+            "--quantize-vision needs a scheme: add --quantize int8 or --quantize nf4.",
+        ),
+        (
             ["serve", "--random", "llava-70b"],
             "--random must be one of llava-1.5-7b, llava-1.5-13b, llava-110m, llava-45m, tiny, not 'llava-70b'.",
         ),

@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sightline_kernels.int8_linear.reference import dequantize
 from sightline_kernels.launch import Launch, block_of
 
 MOST_ROWS = 64
@@ -28,6 +27,8 @@ PROGRAMS = 264
 """Two for each multiprocessor of an H200; smaller GPUs take turns."""
 SUMMED = 1024
 """Outputs that one program adds up."""
+DEQUANTIZED = 4096
+"""Weights that one program makes whole."""
 
 
 def refusal(in_features: int) -> str | None:
@@ -41,7 +42,9 @@ def int8_linear(x_I: Tensor, codes_OI: Tensor, absmax_O: Tensor, bias_O: Tensor 
     """The twin of ``reference.int8_linear``."""
     x_RI = x_I.reshape(-1, x_I.shape[-1])
     if x_RI.shape[0] > MOST_ROWS:
-        return F.linear(x_I, dequantize(codes_OI, absmax_O, x_I.dtype), bias_O)
+        weight_OI = torch.empty(codes_OI.shape, dtype=x_I.dtype, device=x_I.device)
+        plan_dequantize(codes_OI, absmax_O, weight_OI).run()
+        return F.linear(x_I, weight_OI, bias_O)
     out_features, in_features = codes_OI.shape
     parts = split_count(out_features, in_features, OUTPUTS, INPUTS)
     part_SRO = torch.empty(parts, x_RI.shape[0], out_features, dtype=torch.float32, device=x_I.device)
@@ -78,6 +81,19 @@ def plan(x_RI: Tensor, codes_OI: Tensor, absmax_O: Tensor, part_SRO: Tensor) -> 
         num_warps=4,
         num_stages=4,
     )  # fmt: skip
+
+
+def plan_dequantize(codes_OI: Tensor, absmax_O: Tensor, weight_OI: Tensor) -> Launch:
+    """The launch that fills ``weight_OI`` as ``reference.dequantize`` would, in one pass."""
+    out_features, in_features = codes_OI.shape
+    block = min(DEQUANTIZED, block_of(in_features))
+    return Launch(
+        _dequantize,
+        (out_features, -(-in_features // block)),
+        {"codes_ptr": codes_OI, "absmax_ptr": absmax_O, "weight_ptr": weight_OI},
+        {"IN": in_features, "BLOCK": block},
+        num_warps=4,
+    )
 
 
 def plan_sum(part_SRO: Tensor, bias_O: Tensor | None, y_RO: Tensor) -> Launch:
@@ -131,6 +147,18 @@ def _int8_linear(
     scale = tl.load(absmax_ptr + outputs, mask=outputs < OUT, other=0.0) / 127.0
     part_ptrs = part_ptr + (part * rows + row[None, :]) * OUT + outputs[:, None]
     tl.store(part_ptrs, sums * scale[:, None], mask=(outputs < OUT)[:, None] & (row < rows)[None, :])
+
+
+@triton.jit
+def _dequantize(codes_ptr: "Any", absmax_ptr: "Any", weight_ptr: "Any", IN: tl.constexpr, BLOCK: tl.constexpr) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    inputs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = inputs < IN
+    # Rounded as torch rounds it: the other division is a little off.
+    scale = tl.div_rn(tl.load(absmax_ptr + row), 127.0)
+    codes = tl.load(codes_ptr + row * IN + inputs, mask=inside, other=0)
+    weight = codes.to(tl.float32) * scale
+    tl.store(weight_ptr + row * IN + inputs, weight.to(weight_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -3,9 +3,10 @@
 As ``int8_linear/fused.py``: weights on the left, the input width split among programs. A byte is two weights, and a
 table of 256 pairs, which stays in the first-level cache, turns it into both with one load: fewer instructions than
 choosing one number in sixteen twice, and about as many from old versions of Triton as from new ones. A block's scale
-meets its sum, not its weights: one multiplication for 64 weights.
+meets its sum, not its weights: one multiplication for 64 weights. Compressed scales are made whole there too, so that
+memory holds and reads an eighth of a bit for a weight where float32 ones are half a bit.
 Suffixes: I input width, O output width, R rows of input, S parts of the input width, Q packed bytes, K blocks,
-P values of a byte.
+P values of a byte, C groups of scales.
 """
 
 from typing import Any
@@ -18,10 +19,12 @@ from torch import Tensor
 
 from sightline_kernels.int8_linear.fused import LEAST_ROWS, MOST_ROWS, plan_sum, precision_of, split_count
 from sightline_kernels.launch import Launch, block_of
-from sightline_kernels.nf4_linear.reference import BLOCK_SIZE, dequantize
+from sightline_kernels.nf4_linear.reference import BLOCK_SIZE, CompressedScales, Scales
 
 OUTPUTS = 128
 """Outputs of one program."""
+DEQUANTIZED = 64
+"""Blocks that one program makes whole."""
 
 
 def refusal(in_features: int) -> str | None:
@@ -34,7 +37,7 @@ def refusal(in_features: int) -> str | None:
 def nf4_linear(
     x_I: Tensor,
     packed_Q: Tensor,
-    absmax_K: Tensor,
+    scales: Scales,
     pairs_P2: Tensor,
     bias_O: Tensor | None,
     out_features: int,
@@ -43,32 +46,29 @@ def nf4_linear(
     in_features = x_I.shape[-1]
     x_RI = x_I.reshape(-1, in_features)
     if x_RI.shape[0] > MOST_ROWS:
-        shape = (out_features, in_features)
-        return F.linear(x_I, dequantize(packed_Q, absmax_K, pairs_P2, shape, x_I.dtype), bias_O)
+        weight_OI = torch.empty(out_features, in_features, dtype=x_I.dtype, device=x_I.device)
+        plan_dequantize(packed_Q, scales, pairs_P2, weight_OI).run()
+        return F.linear(x_I, weight_OI, bias_O)
     parts = split_count(out_features, in_features, OUTPUTS, BLOCK_SIZE)
     part_SRO = torch.empty(parts, x_RI.shape[0], out_features, dtype=torch.float32, device=x_I.device)
     y_RO = torch.empty(part_SRO.shape[1:], dtype=x_I.dtype, device=x_I.device)
-    plan(x_RI, packed_Q, absmax_K, pairs_P2, part_SRO).run()
+    plan(x_RI, packed_Q, scales, pairs_P2, part_SRO).run()
     plan_sum(part_SRO, bias_O, y_RO).run()
     return y_RO.view(*x_I.shape[:-1], out_features)
 
 
-def plan(x_RI: Tensor, packed_Q: Tensor, absmax_K: Tensor, pairs_P2: Tensor, part_SRO: Tensor) -> Launch:
+def plan(x_RI: Tensor, packed_Q: Tensor, scales: Scales, pairs_P2: Tensor, part_SRO: Tensor) -> Launch:
     """The launch that fills ``part_SRO``, whose sum over S is the product without its bias."""
     parts, rows, out_features = part_SRO.shape
     in_features = x_RI.shape[1]
-    # Two float32 numbers move as one of 64 bits.
-    pairs_P = pairs_P2.view(torch.int64).view(-1)
+    weight, group = _arguments(packed_Q, scales, pairs_P2)
     return Launch(
         _nf4_linear,
         (-(-out_features // OUTPUTS) if rows else 0, parts),
-        {
-            "x_ptr": x_RI.contiguous(), "packed_ptr": packed_Q, "absmax_ptr": absmax_K, "pairs_ptr": pairs_P,
-            "part_ptr": part_SRO, "rows": rows,
-        },
+        {"x_ptr": x_RI.contiguous(), **weight, "part_ptr": part_SRO, "rows": rows},
         {
             "OUT": out_features, "IN": in_features, "TURNS": -(-in_features // (BLOCK_SIZE * parts)),
-            "ROWS": max(LEAST_ROWS, block_of(rows)), "OUTPUTS": OUTPUTS, "BLOCK_SIZE": BLOCK_SIZE,
+            "ROWS": max(LEAST_ROWS, block_of(rows)), "OUTPUTS": OUTPUTS, "BLOCK_SIZE": BLOCK_SIZE, "GROUP": group,
             "PRECISION": precision_of(x_RI.dtype),
         },
         num_warps=4,
@@ -76,11 +76,79 @@ def plan(x_RI: Tensor, packed_Q: Tensor, absmax_K: Tensor, pairs_P2: Tensor, par
     )  # fmt: skip
 
 
+def plan_dequantize(packed_Q: Tensor, scales: Scales, pairs_P2: Tensor, weight_OI: Tensor) -> Launch:
+    """The launch that fills ``weight_OI`` as ``reference.dequantize`` would, in one pass."""
+    blocks = weight_OI.numel() // BLOCK_SIZE
+    weight, group = _arguments(packed_Q, scales, pairs_P2)
+    return Launch(
+        _dequantize,
+        (-(-blocks // DEQUANTIZED),),
+        {**weight, "weight_ptr": weight_OI, "blocks": blocks},
+        {"BLOCKS": DEQUANTIZED, "BLOCK_SIZE": BLOCK_SIZE, "GROUP": group},
+        num_warps=4,
+    )
+
+
+def _arguments(packed_Q: Tensor, scales: Scales, pairs_P2: Tensor) -> tuple[dict[str, Tensor], int]:
+    """What the kernels take of a weight, and how many compressed scales make a group, 0 for float32 ones."""
+    if isinstance(scales, CompressedScales):
+        absmax, codes_K, map_P, offset_C = scales.absmax_C, scales.codes_K, scales.map_P, scales.offset_C
+        group = scales.group
+    else:
+        # What isn't read needs an address all the same.
+        absmax = codes_K = map_P = offset_C = scales
+        group = 0
+    return {
+        "packed_ptr": packed_Q,
+        "absmax_ptr": absmax,
+        "codes_ptr": codes_K,
+        "map_ptr": map_P,
+        "offset_ptr": offset_C,
+        # Two float32 numbers move as one of 64 bits.
+        "pairs_ptr": pairs_P2.view(torch.int64).view(-1),
+    }, group
+
+
+@triton.jit
+def _pairs_of(pairs_ptr: "Any", bytes: "Any") -> "Any":
+    """The two numbers that each byte stands for, float32."""
+    pair = tl.load(pairs_ptr + bytes.to(tl.int32))
+    first = (pair & 0xFFFFFFFF).to(tl.uint32).to(tl.float32, bitcast=True)
+    second = (pair >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
+    return first, second
+
+
+@triton.jit
+def _scales_at(
+    absmax_ptr: "Any",
+    codes_ptr: "Any",
+    map_ptr: "Any",
+    offset_ptr: "Any",
+    at: "Any",
+    live: "Any",
+    GROUP: tl.constexpr,
+) -> "Any":
+    """The scales of these blocks, float32."""
+    if GROUP == 0:
+        scale = tl.load(absmax_ptr + at, mask=live, other=0.0)
+    else:
+        code = tl.load(codes_ptr + at, mask=live, other=0).to(tl.int32)
+        group = at // GROUP
+        absmax = tl.load(absmax_ptr + group, mask=live, other=0.0)
+        offset = tl.load(offset_ptr + group, mask=live, other=0.0)
+        # Spelled so, product and sum round apart, as bitsandbytes' do.
+        scale = tl.fma(tl.load(map_ptr + code), absmax, 0.0) + offset
+    return scale
+
+
 @triton.jit
 def _nf4_linear(
     x_ptr: "Any",
     packed_ptr: "Any",
     absmax_ptr: "Any",
+    codes_ptr: "Any",
+    map_ptr: "Any",
+    offset_ptr: "Any",
     pairs_ptr: "Any",
     part_ptr: "Any",
     rows: "Any",
@@ -90,6 +158,7 @@ def _nf4_linear(
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
     HALF: tl.constexpr = BLOCK_SIZE // 2
@@ -100,22 +169,48 @@ def _nf4_linear(
     block = part * TURNS
     packed_ptrs = packed_ptr + outputs[:, None] * (IN // 2) + (block * HALF + halves)[None, :]
     x_ptrs = x_ptr + row[:, None] * IN + (block * BLOCK_SIZE + inputs)[None, :]
-    absmax_ptrs = absmax_ptr + outputs * (IN // BLOCK_SIZE)
+    row_blocks = outputs * (IN // BLOCK_SIZE)
     sums = tl.zeros((OUTPUTS, ROWS), tl.float32)
     for turn in range(TURNS):
         left = (IN // BLOCK_SIZE - block - turn) * BLOCK_SIZE
         bytes = tl.load(packed_ptrs, mask=(outputs < OUT)[:, None] & (halves < left)[None, :], other=0)
         x = tl.load(x_ptrs, mask=(row < rows)[:, None] & (inputs < left)[None, :], other=0.0)
         even, odd = tl.split(tl.reshape(x, (ROWS, HALF, 2)))
-        pair = tl.load(pairs_ptr + bytes.to(tl.int32))
-        first = (pair & 0xFFFFFFFF).to(tl.uint32).to(tl.float32, bitcast=True).to(kind)
-        second = (pair >> 32).to(tl.uint32).to(tl.float32, bitcast=True).to(kind)
+        first, second = _pairs_of(pairs_ptr, bytes)
+        first, second = first.to(kind), second.to(kind)
         block_sums = tl.dot(first, tl.trans(even), input_precision=PRECISION)
         block_sums = tl.dot(second, tl.trans(odd), block_sums, input_precision=PRECISION)
         # Past the last block sums are zero, and any scale will do.
-        scale = tl.load(absmax_ptrs + tl.minimum(block + turn, IN // BLOCK_SIZE - 1), mask=outputs < OUT, other=0.0)
+        scale_at = row_blocks + tl.minimum(block + turn, IN // BLOCK_SIZE - 1)
+        scale = _scales_at(absmax_ptr, codes_ptr, map_ptr, offset_ptr, scale_at, outputs < OUT, GROUP)
         sums += block_sums * scale[:, None]
         packed_ptrs += HALF
         x_ptrs += BLOCK_SIZE
     part_ptrs = part_ptr + (part * rows + row[None, :]) * OUT + outputs[:, None]
     tl.store(part_ptrs, sums, mask=(outputs < OUT)[:, None] & (row < rows)[None, :])
+
+
+@triton.jit
+def _dequantize(
+    packed_ptr: "Any",
+    absmax_ptr: "Any",
+    codes_ptr: "Any",
+    map_ptr: "Any",
+    offset_ptr: "Any",
+    pairs_ptr: "Any",
+    weight_ptr: "Any",
+    blocks: "Any",
+    BLOCKS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    GROUP: tl.constexpr,
+) -> None:
+    HALF: tl.constexpr = BLOCK_SIZE // 2
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    halves, numbers = tl.arange(0, HALF), tl.arange(0, BLOCK_SIZE)
+    live = block < blocks
+    bytes = tl.load(packed_ptr + block[:, None] * HALF + halves[None, :], mask=live[:, None], other=0)
+    first, second = _pairs_of(pairs_ptr, bytes)
+    scale = _scales_at(absmax_ptr, codes_ptr, map_ptr, offset_ptr, block, live, GROUP)
+    weight = tl.reshape(tl.join(first, second), (BLOCKS, BLOCK_SIZE)) * scale[:, None]
+    weight_ptrs = weight_ptr + block[:, None] * BLOCK_SIZE + numbers[None, :]
+    tl.store(weight_ptrs, weight.to(weight_ptr.dtype.element_ty), mask=live[:, None])

@@ -8,6 +8,7 @@ G scales of a group.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,26 @@ _CHUNK = 2**17
 
 # bitsandbytes compresses scales by a table of this many places between -1 and 1.
 _PLACES = 65535
+
+
+@dataclass(frozen=True)
+class CompressedScales:
+    """Scales of eight bits each: the number that a code stands for, times its group's scale, plus its group's offset.
+
+    bitsandbytes has one offset a matrix. One a group lets the scales of several matrices stand after one another.
+    """
+
+    codes_K: Tensor
+    """uint8"""
+    map_P: Tensor
+    """float32, as the next two"""
+    absmax_C: Tensor
+    offset_C: Tensor
+    group: int
+
+
+Scales = Tensor | CompressedScales
+"""absmax_K in float32, or compressed."""
 
 
 def levels(device: torch.device) -> Tensor:
@@ -90,7 +111,7 @@ def _quantize_chunk(flat_N: Tensor, block_size: int, midpoints: Tensor) -> tuple
 
 def dequantize(
     packed_Q: Tensor,
-    absmax_K: Tensor,
+    scales: Scales,
     pairs_P2: Tensor,
     shape: tuple[int, int],
     dtype: torch.dtype,
@@ -101,6 +122,7 @@ def dequantize(
     weight_N = torch.empty(count, dtype=dtype, device=packed_Q.device)
     # Two float32 numbers move as one of 64 bits.
     pairs_P = pairs_P2.view(torch.int64).view(-1)
+    absmax_K = expand_scales(scales)
     blocks = max(1, 2 * _CHUNK // block_size)
     for first in range(0, absmax_K.numel(), blocks):
         start, stop = first * block_size, min(count, (first + blocks) * block_size)
@@ -116,7 +138,7 @@ def dequantize(
 def nf4_linear(
     x_I: Tensor,
     packed_Q: Tensor,
-    absmax_K: Tensor,
+    scales: Scales,
     pairs_P2: Tensor,
     bias_O: Tensor | None,
     out_features: int,
@@ -124,7 +146,7 @@ def nf4_linear(
 ) -> Tensor:
     """Return ``x @ weight.T + bias`` over the last axis of ``x``, the weight dequantized to the dtype of ``x``."""
     shape = (out_features, x_I.shape[-1])
-    return F.linear(x_I, dequantize(packed_Q, absmax_K, pairs_P2, shape, x_I.dtype, block_size), bias_O)
+    return F.linear(x_I, dequantize(packed_Q, scales, pairs_P2, shape, x_I.dtype, block_size), bias_O)
 
 
 def dynamic_map() -> Tensor:
@@ -138,8 +160,8 @@ def dynamic_map() -> Tensor:
     return torch.tensor(sorted(numbers), dtype=torch.float32, device="cpu")
 
 
-def compress_scales(absmax_K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``(codes_K, absmax_C, offset)``: the scales in eight bits each, the scales of their groups, their mean."""
+def compress_scales(absmax_K: Tensor) -> CompressedScales:
+    """The scales less their mean, by the dynamic type, in groups of ``SCALE_GROUP``."""
     offset = absmax_K.mean()
     count = absmax_K.numel()
     groups = -(-count // SCALE_GROUP)
@@ -148,17 +170,22 @@ def compress_scales(absmax_K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scaled_CG = (centred_CG * (1.0 / absmax_C)[:, None]).clamp_(-1.0, 1.0)
     # As bitsandbytes does on a CPU: to the nearest place of a table, then to that place's nearest number.
     places_CG = ((scaled_CG + 1.0) * (0.5 * _PLACES) + 0.5).floor_()
-    midpoints = _midpoints(dynamic_map().to(absmax_K.device))
-    codes_CG = torch.bucketize(-1.0 + 2.0 * places_CG / _PLACES, midpoints).to(torch.uint8)
+    map_P = dynamic_map().to(absmax_K.device)
+    codes_CG = torch.bucketize(-1.0 + 2.0 * places_CG / _PLACES, _midpoints(map_P)).to(torch.uint8)
     codes_CG[absmax_C == 0] = 0
-    return codes_CG.view(-1)[:count], absmax_C, offset
+    return CompressedScales(codes_CG.view(-1)[:count], map_P, absmax_C, offset.repeat(groups), SCALE_GROUP)
 
 
-def expand_scales(codes_K: Tensor, map_P: Tensor, absmax_C: Tensor, offset: float, group: int = SCALE_GROUP) -> Tensor:
-    """Return absmax_K, float32, of scales that were compressed with the 256 numbers of ``map_P``."""
-    count = codes_K.numel()
-    scales_K = map_P.float()[codes_K.int()] * absmax_C.float().repeat_interleave(group)[:count]
-    return scales_K + offset
+def expand_scales(scales: Scales) -> Tensor:
+    """Return absmax_K in float32. A product, rounded, and then a sum, as bitsandbytes: its scales to the last bit."""
+    if isinstance(scales, Tensor):
+        return scales
+    absmax_C, offset_C, group = scales.absmax_C, scales.offset_C, scales.group
+    absmax_K = torch.index_select(scales.map_P, 0, scales.codes_K.int())
+    full = absmax_K.numel() // group
+    absmax_K[: full * group].view(full, group).mul_(absmax_C[:full, None]).add_(offset_C[:full, None])
+    absmax_K[full * group :].mul_(absmax_C[-1]).add_(offset_C[-1])
+    return absmax_K
 
 
 def _midpoints(numbers: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ def filter_logits(logits_BV: Tensor, top_k_B: Tensor, top_p_B: Tensor, min_p_B: 
     return torch.empty_like(sorted_BV).scatter_(1, order_BV, sorted_BV)
 
 
-def sample(logits_BV: Tensor, temperature_B: Tensor, seed_B: Tensor, choice_B: Tensor, position_B: Tensor) -> Tensor:
+def draw(logits_BV: Tensor, temperature_B: Tensor, seed_B: Tensor, choice_B: Tensor, position_B: Tensor) -> Tensor:
     """Token ids [B] int64: argmax where the temperature is 0, a draw from softmax(logits) elsewhere.
 
     The draw is Gumbel-max in two steps, first of a group of neighbouring tokens by its total probability, then of a
@@ -110,3 +110,30 @@ def sample(logits_BV: Tensor, temperature_B: Tensor, seed_B: Tensor, choice_B: T
     chosen_BE = logits_BGE.gather(1, group_B[:, None, None].expand(-1, 1, GROUP))[:, 0]
     drawn_B = group_B * GROUP + (chosen_BE + noise_BX[:, num_groups:]).argmax(dim=-1)
     return torch.where(temperature_B == 0, logits_BV.argmax(dim=-1), drawn_B)
+
+
+def sample(
+    logits_BV: Tensor,
+    temperature_B: Tensor,
+    top_k_B: Tensor,
+    top_p_B: Tensor,
+    min_p_B: Tensor,
+    seed_B: Tensor,
+    choice_B: Tensor,
+    position_B: Tensor,
+    *,
+    filtered: bool = True,
+) -> Tensor:
+    """Token ids [B] int64, each a function of its row alone: temperature, filters, then a draw.
+
+    Args:
+        logits_BV: float32, as the model gave them. Not modified.
+        temperature_B: float32; 0 takes the likeliest token.
+        top_k_B, top_p_B, min_p_B: see ``filter_logits``.
+        seed_B, choice_B, position_B: see ``gumbel_noise``.
+        filtered: False when it is known that no row has a filter.
+    """
+    scaled_BV = logits_BV / torch.where(temperature_B == 0, 1.0, temperature_B)[:, None]
+    if filtered:
+        scaled_BV = filter_logits(scaled_BV, top_k_B, top_p_B, min_p_B)
+    return draw(scaled_BV, temperature_B, seed_B, choice_B, position_B)

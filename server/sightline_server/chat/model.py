@@ -40,7 +40,7 @@ class ServedModel:
         """Read everything but the weights. Raises CheckpointError, TokenizerError, ImageError or SettingsError."""
         config = read_config(folder)
         # Refused here, before an engine is started.
-        choose_quantization(config.quantization, settings.quantize)
+        choose_quantization(config.quantization, settings.quantize, vision=settings.quantize_vision)
         longest = config.decoder.max_position_embeddings
         if settings.max_model_len > longest:
             raise SettingsError(

@@ -50,7 +50,13 @@ def plan(
 ) -> Fit:
     """How ``model`` would lie in ``memory`` under ``settings``; ``rest`` counts where ``precision`` is quantized."""
     rest = rest if precision in QUANTIZED_BITS else precision
-    weights = weight_bytes(count_parameters(config), precision, rest)
+    weights = weight_bytes(
+        count_parameters(config),
+        precision,
+        rest,
+        vision=settings.quantize_vision,
+        compressed_scales=config.compressed_scales,
+    )
     a_token = kv_bytes_per_token(config.decoder, rest)
     step = _step_bytes(config, precision, rest, memory, settings)
     longest = settings.max_model_len or config.decoder.max_position_embeddings

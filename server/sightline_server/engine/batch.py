@@ -39,6 +39,8 @@ class StepBatch:
     images: tuple[ImageRows, ...]
     sample_rows: tuple[int, ...]
     """Rows whose hidden state a token is sampled from, in the order of the slices that sample."""
+    unknown: tuple[Tensor, Tensor] | None = None
+    """Rows whose token only the device knows, and where it keeps them (``Sequence.row``)."""
 
 
 def build_batch(
@@ -63,6 +65,7 @@ def build_batch(
     query_lens, context_lens = [1] * num_padding, [1] * num_padding
     images: list[ImageRows] = []
     sample_rows: list[int] = []
+    unknown: list[tuple[int, int]] = []
     row = num_padding
     for index, piece in enumerate(slices, start=num_padding):
         sequence, start, length = piece.sequence, piece.start, piece.length
@@ -70,7 +73,10 @@ def build_batch(
         blocks = sequence.blocks
         table[index, : len(blocks)] = blocks
         if length == 1:
-            token_ids[row] = sequence.token_ids[start]
+            if start < len(sequence.token_ids):
+                token_ids[row] = sequence.token_ids[start]
+            else:
+                unknown.append((row, sequence.row))
             positions[row] = start
             slots[row] = blocks[start // block_size] * block_size + start % block_size
         else:
@@ -105,7 +111,13 @@ def build_batch(
         block_size=block_size,
         row_invariant=row_invariant,
     )
-    return StepBatch(_to(token_ids, device), _to(positions, device), layout, tuple(images), tuple(sample_rows))
+    known_later = None
+    if unknown:
+        rows, places = np.array(unknown, np.int64).T
+        known_later = _to(np.ascontiguousarray(rows), device), _to(np.ascontiguousarray(places), device)
+    return StepBatch(
+        _to(token_ids, device), _to(positions, device), layout, tuple(images), tuple(sample_rows), known_later
+    )
 
 
 def passes_of_equal_shape(slices: Seq[Slice]) -> list[list[Slice]]:
@@ -119,7 +131,7 @@ def passes_of_equal_shape(slices: Seq[Slice]) -> list[list[Slice]]:
                 groups.append([])
                 room = ROWS_PER_PASS
             taken = min(room, left)
-            groups[-1].append(Slice(piece.sequence, start, taken))
+            groups[-1].append(Slice(piece.sequence, start, taken, samples=piece.samples and taken == left))
             start, left, room = start + taken, left - taken, room - taken
     for group in groups:
         group.sort(key=lambda piece: piece.length > 1)

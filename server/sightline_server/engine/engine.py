@@ -1,5 +1,7 @@
 """The engine: requests in, events out, one step at a time.
 
+With overlap a step is planned and launched before the tokens of the one before it are known, so that the device never
+waits for the host. What is learned late costs no more than a token computed in vain for a request that has ended.
 Synchronous and single-threaded. Knows no process, socket, clock or text; tests drive it directly.
 """
 
@@ -10,7 +12,7 @@ import torch
 
 from sightline_models.images import Pixels
 from sightline_server.engine.blocks import BlockPool
-from sightline_server.engine.runner import Runner
+from sightline_server.engine.runner import Launched, Runner
 from sightline_server.engine.sampler import Sampled
 from sightline_server.engine.scheduler import Scheduler
 from sightline_server.engine.types import (
@@ -22,6 +24,7 @@ from sightline_server.engine.types import (
     PixelsWanted,
     Request,
     Sequence,
+    SequenceStatus,
     StepPlan,
     TokenEvent,
     Usage,
@@ -46,6 +49,7 @@ class Engine:
         self._outbox: list[Event] = []
         self._pixels: dict[bytes, Pixels] = {}
         self._asked: dict[bytes, str] = {}
+        self._in_flight: tuple[StepPlan, Launched] | None = None
         self._idle = True
         self._prompt_tokens = self._image_tokens = self._generated_tokens = 0
         self._images_encoded = self._steps = 0
@@ -90,20 +94,22 @@ class Engine:
             self._finish(sequence, FinishReason.ERROR, code, message)
 
     def step(self) -> list[Event]:
-        """Plan, compute and account for one step. Returns what happened since the last call, in order."""
+        """Plan and launch one step, account for it, or with overlap for the one before.
+
+        Returns what happened since the last call, in order.
+        """
+        if any(sequence.draws_by_history for sequence in self._scheduler.running):
+            # Such a request's next draw needs tokens that may still be under way.
+            self._settle()
         plan = self._scheduler.plan(self._pixels)
         self._ask_for(plan)
-        if plan.slices:
-            self._steps += 1
-            sampled: list[Sampled] | None = None
-            with contextlib.suppress(torch.OutOfMemoryError):
-                sampled = self._runner.run(plan, self._pixels)
-            # Only once the error is gone: it holds what the step had allocated.
-            if sampled is None:
-                self._give_up_on_largest(plan)
-            else:
-                self._account(plan, sampled)
-        self._idle = not plan.slices and not plan.preempted
+        launched = self._launch(plan) if plan.slices else None
+        self._idle = not plan.slices and not plan.preempted and self._in_flight is None
+        self._settle()
+        if launched is not None:
+            self._in_flight = plan, launched
+        if not self._config.overlap:
+            self._settle()
         events, self._outbox = self._outbox, []
         return events
 
@@ -124,6 +130,7 @@ class Engine:
             images_encoded_total=self._images_encoded,
             preemptions_total=scheduler.num_preemptions,
             steps_total=self._steps,
+            graph_steps_total=self._runner.num_replayed,
         )
 
     def check_integrity(self) -> None:
@@ -165,29 +172,45 @@ class Engine:
                 self._asked[key] = sequence.id
                 self._outbox.append(PixelsWanted(sequence.id, span.digest))
 
-    def _account(self, plan: StepPlan, sampled: list[Sampled]) -> None:
+    def _launch(self, plan: StepPlan) -> Launched | None:
+        """Start computing; None, and one request less, if the device has no memory for it."""
+        self._steps += 1
+        launched: Launched | None = None
+        with contextlib.suppress(torch.OutOfMemoryError):
+            launched = self._runner.launch(plan, self._pixels)
+        # Only once the error is gone: it holds what the step had allocated.
+        if launched is None:
+            self._give_up_on_largest(plan)
+            return None
         self._scheduler.commit(plan)
         self._images_encoded += len(plan.encode)
         for key in plan.encode:
             # The encoder cache has it now. Should it be evicted before a request needs it again, we ask again.
             del self._pixels[key]
+        return launched
+
+    def _settle(self) -> None:
+        """Wait for the step in flight, if there is one, and account for its tokens."""
+        if self._in_flight is None:
+            return
+        (plan, launched), self._in_flight = self._in_flight, None
         sampling = [piece.sequence for piece in plan.slices if piece.samples]
-        for sequence, token in zip(sampling, sampled, strict=True):
-            self._append(sequence, token)
+        for sequence, token in zip(sampling, launched.wait(), strict=True):
+            # It may have ended since: aborted, or by the token of a step before.
+            if sequence.status is not SequenceStatus.FINISHED:
+                self._append(sequence, token)
 
     def _append(self, sequence: Sequence, token: Sampled) -> None:
         if sequence.num_generated == 0:
             self._prompt_tokens += sequence.num_prompt_tokens
             self._image_tokens += sequence.request.prompt.num_image_tokens
-        params = sequence.request.sampling
-        sequence.token_ids.append(token.token_id)
+        self._scheduler.record(sequence, token.token_id)
         self._generated_tokens += 1
-        if token.token_id in params.stop_token_ids:
+        if token.token_id in sequence.request.sampling.stop_token_ids:
             self._finish(sequence, FinishReason.STOP)
             return
         self._outbox.append(TokenEvent(sequence.id, token.token_id, token.logprob, token.top_logprobs))
-        full = len(sequence.token_ids) >= self._config.max_model_len
-        if full or sequence.num_generated >= params.max_tokens:
+        if len(sequence.token_ids) >= sequence.limit:
             self._finish(sequence, FinishReason.LENGTH)
 
     def _give_up_on_largest(self, plan: StepPlan) -> None:

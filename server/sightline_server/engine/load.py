@@ -25,6 +25,7 @@ from sightline_models.weights import load_vlm, random_vlm
 from sightline_server.engine.batch import build_batch
 from sightline_server.engine.blocks import BlockPool
 from sightline_server.engine.engine import Engine
+from sightline_server.engine.graphs import CudaRecorder, Recorder, bytes_of_recordings
 from sightline_server.engine.runner import Runner
 from sightline_server.engine.sampler import choose_tokens
 from sightline_server.engine.scheduler import Scheduler
@@ -62,7 +63,7 @@ def load_engine(folder: Path, settings: Settings, progress: Progress) -> tuple[E
         torch.set_num_threads(threads)
     config = read_config(folder)
     dtype = choose_dtype(settings.dtype, config, device)
-    quantization = choose_quantization(config.quantization, settings.quantize)
+    quantization = choose_quantization(config.quantization, settings.quantize, vision=settings.quantize_vision)
     normalization = read_preprocess_config(folder, config).normalization
     limits = _limits(config, settings, device)
     kernels = choose_kernels(settings, config, device, dtype, quantization)
@@ -76,6 +77,7 @@ def load_engine(folder: Path, settings: Settings, progress: Progress) -> tuple[E
                 device=device,
                 seed=settings.random_seed,
                 quantize=quantization,
+                quantize_vision=settings.quantize_vision,
                 kernels=kernels,
             )
         else:
@@ -86,6 +88,7 @@ def load_engine(folder: Path, settings: Settings, progress: Progress) -> tuple[E
                 dtype=dtype,
                 device=device,
                 quantize=settings.quantize,
+                quantize_vision=settings.quantize_vision,
                 kernels=kernels,
                 progress=lambda share: progress("loading weights", share),
             )
@@ -122,15 +125,36 @@ def load_engine(folder: Path, settings: Settings, progress: Progress) -> tuple[E
     return engine, info
 
 
-def assemble(model: Vlm, config: EngineConfig, *, device: torch.device, dtype: torch.dtype, threads: int = 1) -> Engine:
-    """An engine around a loaded model, with a cache as ``config`` says; on a CPU, steps use at most ``threads``."""
+def assemble(
+    model: Vlm,
+    config: EngineConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    threads: int = 1,
+    recorder: Recorder | None = None,
+) -> Engine:
+    """An engine around a loaded model, with a cache as ``config`` says; on a CPU, steps use at most ``threads``.
+
+    ``recorder`` makes the recordings that ``config.graphs`` asks for; by default CUDA graphs, and none on a CPU.
+    """
     kv = _allocate_cache(model.config, config.num_blocks, config.block_size, device, dtype)
     blocks = BlockPool(config.num_blocks, caching=config.prefix_caching)
     vision: VisionCache[Tensor] = VisionCache(config.encoder_cache_bytes)
-    scheduler = Scheduler(
-        config, blocks, vision, max_images_per_step=max_images_per_step(model.config, config.max_step_tokens)
+    max_images = max_images_per_step(model.config, config.max_step_tokens)
+    scheduler = Scheduler(config, blocks, vision, max_images_per_step=max_images)
+    if recorder is None and device.type == "cuda":
+        recorder = CudaRecorder()
+    runner = Runner(
+        model,
+        kv,
+        vision,
+        config,
+        device,
+        ThreadChooser(threads),
+        max_images_per_step=max_images,
+        recorder=recorder if config.graphs else None,
     )
-    runner = Runner(model, kv, vision, config, device, ThreadChooser(threads))
     return Engine(runner, scheduler, blocks, config)
 
 
@@ -228,12 +252,16 @@ def _limits(config: VlmConfig, settings: Settings, device: torch.device) -> Engi
         block_size=settings.block_size,
         max_model_len=settings.max_model_len or longest,
         max_step_tokens=max_step_tokens,
+        max_mixed_tokens=settings.mixed_step_tokens or (512 if device.type == "cuda" else max_step_tokens),
         # Every running request gets a token a step.
         max_running=min(settings.max_running, max_step_tokens),
         max_queue=settings.max_queue,
         encoder_cache_bytes=int(settings.encoder_cache_mb * 2**20),
         prefix_caching=settings.prefix_caching,
         deterministic=settings.deterministic,
+        overlap=settings.overlap and device.type == "cuda",
+        # Rows of a recording share its shape, and so their arithmetic: that isn't what --deterministic promises.
+        graphs=settings.cuda_graphs and device.type == "cuda" and not settings.deterministic,
     )
 
 
@@ -243,6 +271,9 @@ def count_blocks(model: Vlm, settings: Settings, device: torch.device, dtype: to
     if device.type == "cpu":
         return int(settings.cpu_cache_gb * 2**30) // a_block - 1
     needed_by_steps = _measure_largest_step(model, limits, device, dtype)
+    if limits.graphs:
+        # Recordings keep memory of their own, and hold no more than a step does.
+        needed_by_steps += needed_by_steps + bytes_of_recordings(model.config, limits)
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     # What others hold, and what torch holds outside tensors, counts against our share too.
@@ -261,7 +292,7 @@ def _measure_largest_step(model: Vlm, limits: EngineConfig, device: torch.device
 
 
 def run_largest_step(model: Vlm, kv: KvPool, limits: EngineConfig, device: torch.device) -> None:
-    """What needs most memory: the largest image batch, a full token budget, every row sampled or decoding at its end.
+    """What needs most memory: the largest image batch, a full token budget, every row drawn or decoding at its end.
 
     ``kv`` holds a full token budget and a scratch block.
     """

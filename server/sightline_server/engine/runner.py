@@ -1,6 +1,7 @@
-"""Executes a StepPlan: encodes images, runs the decoder over packed tokens, samples.
+"""Executes a StepPlan: encodes images, runs the decoder over packed tokens, draws.
 
-Holds the model, the cache tensors and the encoder cache. Knows no waiting line and no request's end.
+Holds the model, the cache tensors, the encoder cache and the tokens drawn last. Launches steps and waits for none.
+Knows no waiting line and no request's end. Suffixes: R rows of the token pool, others as in ``vlm.py``.
 """
 
 import time
@@ -15,11 +16,26 @@ from sightline_models.images import Pixels
 from sightline_models.kv import KvPool
 from sightline_models.vlm import Vlm
 from sightline_server.engine.batch import StepBatch, build_batch, passes_of_equal_shape
-from sightline_server.engine.sampler import Sampled, choose_tokens
+from sightline_server.engine.graphs import DecodeGraphs, EncoderGraphs, Recorder
+from sightline_server.engine.sampler import Drawn, Sampled, choose_tokens, is_plain
 from sightline_server.engine.threads import ThreadChooser
-from sightline_server.engine.transfer import to_device
-from sightline_server.engine.types import EngineConfig, Slice, StepPlan
+from sightline_server.engine.transfer import Arriving, to_device
+from sightline_server.engine.types import EngineConfig, Sequence, Slice, StepPlan
 from sightline_server.engine.vision_cache import VisionCache
+
+
+class Launched:
+    """A step under way, or done."""
+
+    def __init__(self, drawn: Seq[Drawn]) -> None:
+        """``drawn``: the draws of the step, in the plan's order."""
+        self._drawn = drawn
+        self._arriving = Arriving([tensor for part in drawn for tensor in part.tensors])
+
+    def wait(self) -> list[Sampled]:
+        """A sampled token for each slice that samples, in the plan's order."""
+        tensors = iter(self._arriving.wait())
+        return [token for part in self._drawn for token in part.read([next(tensors) for _ in part.tensors])]
 
 
 class Runner:
@@ -33,52 +49,90 @@ class Runner:
         config: EngineConfig,
         device: torch.device,
         threads: ThreadChooser,
+        *,
+        max_images_per_step: int,
+        recorder: Recorder | None = None,
     ) -> None:
-        """``kv`` holds one block more than ``config.num_blocks``: the last is scratch for padding rows."""
+        """``kv`` holds one block more than ``config.num_blocks``: the last is scratch for padding rows.
+
+        With a ``recorder`` decode steps and image encoding are recorded here and replayed later.
+        """
         self._model = model
         self._kv = kv
         self._vision = vision
         self._config = config
         self._device = device
         self._threads = threads
+        # The last row is for padding.
+        self._tokens_R = torch.zeros(config.max_running + 1, dtype=torch.int64, device=device)
+        self._decode_graphs: DecodeGraphs | None = None
+        self._encoder_graphs: EncoderGraphs | None = None
+        self.num_replayed = 0
+        if recorder is not None:
+            with torch.inference_mode():
+                self._encoder_graphs = EncoderGraphs(model, max_images_per_step, device, recorder)
+                if model.decoder.kernels.can_be_recorded:
+                    self._decode_graphs = DecodeGraphs(model, kv, self._tokens_R, config, recorder)
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan, pixels: Mapping[bytes, Pixels]) -> list[Sampled]:
-        """Compute the plan's tokens; a sampled token for each slice that samples, in the plan's order.
+    def launch(self, plan: StepPlan, pixels: Mapping[bytes, Pixels]) -> Launched:
+        """Have the plan's tokens computed, after all that was launched before.
 
         Raises torch.OutOfMemoryError when the device is full; the cache then holds nothing new that is published.
         """
         if self._device.type != "cpu" or self._config.deterministic:
-            return self._run(plan, pixels)
+            return Launched(self._launch(plan, pixels))
         rows = plan.num_tokens + len(plan.encode) * self._model.config.num_image_tokens
         threads = self._threads.choose(rows)
         torch.set_num_threads(threads)
         began = time.perf_counter()
-        sampled = self._run(plan, pixels)
+        drawn = self._launch(plan, pixels)
         self._threads.took(rows, threads, time.perf_counter() - began)
-        return sampled
+        return Launched(drawn)
 
-    def _run(self, plan: StepPlan, pixels: Mapping[bytes, Pixels]) -> list[Sampled]:
+    def _launch(self, plan: StepPlan, pixels: Mapping[bytes, Pixels]) -> list[Drawn]:
         self._encode(plan.encode, pixels)
+        if self._config.deterministic:
+            return self._run_row_by_row(plan.slices)
+        if self._decode_graphs is not None and self._decode_graphs.take(plan.slices):
+            return [self._replay(self._decode_graphs, plan.slices)]
+        batch = self._batch(plan.slices)
+        hidden_TD = self._forward(batch)
         sampling = [piece.sequence for piece in plan.slices if piece.samples]
-        if not self._config.deterministic:
-            batch = self._batch(plan.slices)
-            hidden_TD = self._forward(batch)
-            if not sampling:
-                return []
-            rows = to_device(torch.tensor(batch.sample_rows), self._device)
-            return choose_tokens(self._model.logits(hidden_TD[rows]), sampling)
-        sampled: dict[int, Sampled] = {}
-        for group in passes_of_equal_shape(plan.slices):
+        if not sampling:
+            return []
+        rows = to_device(torch.tensor(batch.sample_rows), self._device)
+        return [self._draw(self._model.logits(hidden_TD[rows]), sampling)]
+
+    def _replay(self, graphs: DecodeGraphs, slices: Seq[Slice]) -> Drawn:
+        self.num_replayed += 1
+        token_ids_S, logits_SV = graphs.run(slices)
+        sequences = [piece.sequence for piece in slices]
+        if all(is_plain(sequence) for sequence in sequences):
+            return Drawn(tuple(sequences), token_ids_S)
+        # Some ask for more than was recorded: all are drawn again, the others to the same tokens.
+        return self._draw(logits_SV, sequences)
+
+    def _run_row_by_row(self, slices: Seq[Slice]) -> list[Drawn]:
+        """Passes of one shape. Logits of a full pass, then every row drawn alone: no shape depends on batch mates."""
+        drawn: dict[int, Drawn] = {}
+        for group in passes_of_equal_shape(slices):
             batch = self._batch(group)
             hidden_TD = self._forward(batch)
             if not batch.sample_rows:
                 continue
-            # Logits of a full pass, then every row sampled alone: no shape depends on batch mates.
             logits_TV = self._model.logits(hidden_TD)
             for row, piece in zip(batch.sample_rows, (piece for piece in group if piece.samples), strict=True):
-                sampled[id(piece.sequence)] = choose_tokens(logits_TV[row : row + 1], [piece.sequence])[0]
-        return [sampled[id(sequence)] for sequence in sampling]
+                drawn[id(piece.sequence)] = self._draw(logits_TV[row : row + 1], [piece.sequence])
+        return [drawn[id(piece.sequence)] for piece in slices if piece.samples]
+
+    def _draw(self, logits_SV: Tensor, sequences: Seq[Sequence]) -> Drawn:
+        drawn = choose_tokens(logits_SV, sequences, self._model.decoder.kernels.sample)
+        if self._config.overlap:
+            # The next step is launched before the host knows these.
+            rows = to_device(torch.tensor([sequence.row for sequence in sequences]), self._device)
+            self._tokens_R.index_copy_(0, rows, drawn.token_ids_S)
+        return drawn
 
     def _encode(self, keys: Seq[bytes], pixels: Mapping[bytes, Pixels]) -> None:
         if not keys:
@@ -87,8 +141,11 @@ class Runner:
         size = 1 if self._config.deterministic else len(keys)
         for first in range(0, len(keys), size):
             group = keys[first : first + size]
-            stacked = torch.from_numpy(np.stack([pixels[key] for key in group]))
-            encoded_NLD = self._model.encode_images(to_device(stacked, self._device))
+            stacked_NYXC = to_device(torch.from_numpy(np.stack([pixels[key] for key in group])), self._device)
+            if self._encoder_graphs is not None and self._encoder_graphs.take(len(group)):
+                encoded_NLD = self._encoder_graphs.run(stacked_NYXC)
+            else:
+                encoded_NLD = self._model.encode_images(stacked_NYXC)
             for key, encoded_LD in zip(group, encoded_NLD, strict=True):
                 # A copy of its own: a view would keep the whole batch alive.
                 self._vision.put(key, encoded_LD.clone())
@@ -103,6 +160,9 @@ class Runner:
         )
 
     def _forward(self, batch: StepBatch) -> Tensor:
+        if batch.unknown is not None:
+            rows, places = batch.unknown
+            batch.token_ids_T.index_copy_(0, rows, self._tokens_R[places])
         hidden_TD = self._model.embed(batch.token_ids_T)
         for part in batch.images:
             encoded_LD = self._vision.get(part.key)

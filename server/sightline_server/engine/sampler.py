@@ -2,16 +2,18 @@
 
 Knows what each request asked for. Knows nothing of text, stop conditions or the cache.
 
-Shape suffixes: S sampled rows, V vocabulary.
+Shape suffixes: S sampled rows, V vocabulary, K likeliest tokens.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from sightline_kernels.sample.reference import filter_logits, sample
+from sightline_kernels.sample.reference import sample
 from sightline_server.engine.transfer import to_device
 from sightline_server.engine.types import Sequence, TopLogprob
 
@@ -28,31 +30,107 @@ class Sampled:
     top_logprobs: tuple[TopLogprob, ...] = ()
 
 
-def choose_tokens(logits_SV: Tensor, sequences: Seq[Sequence]) -> list[Sampled]:
+@dataclass(frozen=True)
+class Drawn:
+    """One token for each of some sequences, still on the device."""
+
+    sequences: tuple[Sequence, ...]
+    token_ids_S: Tensor
+    logprobs: tuple[Tensor, Tensor, Tensor] | None = None
+    """Of the drawn tokens [S], of the likeliest ones and their ids, both [S, K]; where a sequence asks for any."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What the host has to see for ``read``."""
+        return (self.token_ids_S, *(self.logprobs or ()))
+
+    def read(self, tensors: Seq[Tensor]) -> list[Sampled]:
+        """The tokens, from ``tensors`` on the host."""
+        token_ids: list[int] = tensors[0].tolist()
+        if self.logprobs is None:
+            return [Sampled(token_id) for token_id in token_ids]
+        chosen, best_values, best_ids = (tensor.tolist() for tensor in tensors[1:])
+        results = []
+        for row, sequence in enumerate(self.sequences):
+            params = sequence.request.sampling
+            if not params.logprobs:
+                results.append(Sampled(token_ids[row]))
+                continue
+            best = zip(best_ids[row][: params.top_logprobs], best_values[row][: params.top_logprobs], strict=True)
+            tops = tuple(TopLogprob(token_id, value) for token_id, value in best)
+            results.append(Sampled(token_ids[row], chosen[row], tops))
+        return results
+
+
+@dataclass(frozen=True)
+class DrawNumbers:
+    """What a draw takes beside logits, a number a row, on the host."""
+
+    floats_3S: np.ndarray[tuple[int, int], np.dtype[np.float32]]
+    """Temperature (0: greedy), top-p, min-p."""
+    integers_4S: np.ndarray[tuple[int, int], np.dtype[np.int64]]
+    """Top-k, seed (its 64 bits), choice, position."""
+
+    @property
+    def is_greedy(self) -> bool:
+        return not self.floats_3S[0].any()
+
+    @property
+    def has_filter(self) -> bool:
+        _, top_p_S, min_p_S = self.floats_3S
+        return bool(self.integers_4S[0].any() or (top_p_S < 1).any() or min_p_S.any())
+
+
+def draw_numbers(sequences: Seq[Sequence]) -> DrawNumbers:
+    """The numbers that the next token of each of ``sequences`` is drawn by."""
+    floats, integers = [], []
+    for sequence in sequences:
+        params = sequence.request.sampling
+        temperature = params.temperature if params.temperature >= LEAST_TEMPERATURE else 0.0
+        floats.append((temperature, params.top_p, params.min_p))
+        # A seed's 64 bits, as a signed integer holds them.
+        integers.append((params.top_k, params.seed - (params.seed >> 63 << 64), params.choice, sequence.num_drawn))
+    return DrawNumbers(
+        np.ascontiguousarray(np.array(floats, np.float32).T), np.ascontiguousarray(np.array(integers, np.int64).T)
+    )
+
+
+def is_plain(sequence: Sequence) -> bool:
+    """Whether its next token takes nothing but logits and ``DrawNumbers``: no shaping, no log-probabilities."""
+    params = sequence.request.sampling
+    return not (params.logprobs or params.logit_bias or sequence.draws_by_history or _banned(sequence))
+
+
+def choose_tokens(logits_SV: Tensor, sequences: Seq[Sequence], draw: Callable[..., Tensor] = sample) -> Drawn:
     """One token for each row, in order: a function of the row's logits and its sequence alone.
 
     Args:
         logits_SV: float32, one row a sequence. Not modified.
+        draw: the kernel ``sample``, or its twin.
     """
-    token_ids = _draw(_shape(logits_SV, sequences), sequences).tolist()
-    if not any(sequence.request.sampling.logprobs for sequence in sequences):
-        return [Sampled(token_id) for token_id in token_ids]
-    return _with_logprobs(logits_SV, sequences, token_ids)
+    token_ids_S = _draw(_shape(logits_SV, sequences), draw_numbers(sequences), draw)
+    logprobs = None
+    if any(sequence.request.sampling.logprobs for sequence in sequences):
+        logprobs = _logprobs(logits_SV, sequences, token_ids_S)
+    return Drawn(tuple(sequences), token_ids_S, logprobs)
+
+
+def _banned(sequence: Sequence) -> tuple[int, ...]:
+    params = sequence.request.sampling
+    return params.stop_token_ids if sequence.num_drawn < params.min_tokens else ()
 
 
 def _shape(logits_SV: Tensor, sequences: Seq[Sequence]) -> Tensor:
     """Bias, penalties and forbidden stop tokens, on the rows that ask for any."""
     shaped_SV = logits_SV
     for row, sequence in enumerate(sequences):
-        params = sequence.request.sampling
-        banned = params.stop_token_ids if sequence.num_generated < params.min_tokens else ()
-        penalized = params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
-        if not (params.logit_bias or penalized or banned):
+        params, banned = sequence.request.sampling, _banned(sequence)
+        if not (params.logit_bias or sequence.draws_by_history or banned):
             continue
         if shaped_SV is logits_SV:
             shaped_SV = logits_SV.clone()
         row_V = shaped_SV[row]
-        if penalized:
+        if sequence.draws_by_history:
             _penalize(row_V, sequence)
         if params.logit_bias:
             ids = to_device(torch.tensor(list(params.logit_bias)), row_V.device)
@@ -65,6 +143,7 @@ def _shape(logits_SV: Tensor, sequences: Seq[Sequence]) -> Tensor:
 
 def _penalize(row_V: Tensor, sequence: Sequence) -> None:
     """Repetition penalty over prompt and answer (Keskar et al., 2019); presence and frequency over the answer."""
+    assert sequence.num_pending == 0, f"request {sequence.id} is penalized for tokens of which some aren't known"
     params = sequence.request.sampling
     all_ids = to_device(torch.tensor(sequence.token_ids), row_V.device)
     if params.repetition_penalty != 1.0:
@@ -79,39 +158,27 @@ def _penalize(row_V: Tensor, sequence: Sequence) -> None:
         row_V -= params.frequency_penalty * count_V + params.presence_penalty * (count_V > 0)
 
 
-def _draw(logits_SV: Tensor, sequences: Seq[Sequence]) -> Tensor:
-    all_params = [sequence.request.sampling for sequence in sequences]
-    temperatures = [params.temperature if params.temperature >= LEAST_TEMPERATURE else 0.0 for params in all_params]
-    if not any(temperatures):
+def _draw(logits_SV: Tensor, numbers: DrawNumbers, draw: Callable[..., Tensor]) -> Tensor:
+    if numbers.is_greedy:
         return logits_SV.argmax(dim=-1)
-    numbers = [temperatures, [params.top_p for params in all_params], [params.min_p for params in all_params]]
-    temperature_S, top_p_S, min_p_S = to_device(torch.tensor(numbers, dtype=torch.float32), logits_SV.device).unbind()
-    logits_SV = logits_SV / torch.where(temperature_S == 0, 1.0, temperature_S)[:, None]
-    integers = [
-        [params.top_k for params in all_params],
-        # The same 64 bits, as torch's signed integers hold them.
-        [params.seed - (params.seed >> 63 << 64) for params in all_params],
-        [params.choice for params in all_params],
-        [sequence.num_generated for sequence in sequences],
-    ]
-    top_k_S, seed_S, choice_S, position_S = to_device(torch.tensor(integers), logits_SV.device).unbind()
-    if any(params.top_k or params.top_p < 1 or params.min_p for params in all_params):
-        logits_SV = filter_logits(logits_SV, top_k_S, top_p_S, min_p_S)
-    return sample(logits_SV, temperature_S, seed_S, choice_S, position_S)
+    temperature_S, top_p_S, min_p_S = to_device(torch.from_numpy(numbers.floats_3S), logits_SV.device).unbind()
+    top_k_S, seed_S, choice_S, position_S = to_device(torch.from_numpy(numbers.integers_4S), logits_SV.device).unbind()
+    return draw(
+        logits_SV,
+        temperature_S,
+        top_k_S,
+        top_p_S,
+        min_p_S,
+        seed_S,
+        choice_S,
+        position_S,
+        filtered=numbers.has_filter,
+    )
 
 
-def _with_logprobs(logits_SV: Tensor, sequences: Seq[Sequence], token_ids: list[int]) -> list[Sampled]:
+def _logprobs(logits_SV: Tensor, sequences: Seq[Sequence], token_ids_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     logprobs_SV = logits_SV.log_softmax(dim=-1)
-    chosen = logprobs_SV.gather(1, torch.tensor(token_ids, device=logits_SV.device)[:, None])[:, 0].tolist()
+    chosen_S = logprobs_SV.gather(1, token_ids_S[:, None])[:, 0]
     widest = max(sequence.request.sampling.top_logprobs for sequence in sequences)
     best = logprobs_SV.topk(min(widest, logprobs_SV.shape[1]), dim=-1)
-    best_values, best_ids = best.values.tolist(), best.indices.tolist()
-    results = []
-    for row, sequence in enumerate(sequences):
-        params = sequence.request.sampling
-        if not params.logprobs:
-            results.append(Sampled(token_ids[row]))
-            continue
-        tops = zip(best_ids[row][: params.top_logprobs], best_values[row][: params.top_logprobs], strict=True)
-        results.append(Sampled(token_ids[row], chosen[row], tuple(TopLogprob(i, value) for i, value in tops)))
-    return results
+    return chosen_S, best.values, best.indices

@@ -39,6 +39,7 @@ class Scheduler:
         self._vision = vision
         self._max_images = max_images_per_step
         self._arrivals = 0
+        self._free_rows = list(range(config.max_running))
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_preemptions = 0
@@ -50,7 +51,9 @@ class Scheduler:
     def add(self, request: Request) -> Sequence:
         """Put a request at the end of its class's line. The caller has checked that it fits the cache."""
         self._arrivals += 1
-        sequence = Sequence(request, list(request.prompt.token_ids), order=self._arrivals)
+        token_ids = list(request.prompt.token_ids)
+        limit = min(len(token_ids) + request.sampling.max_tokens, self._config.max_model_len)
+        sequence = Sequence(request, token_ids, limit, order=self._arrivals)
         if self._config.prefix_caching:
             chain_hashes(request, sequence.token_ids, self._config.block_size, sequence.block_hashes)
         insort(self.waiting, sequence, key=_turn)
@@ -68,7 +71,8 @@ class Scheduler:
     def plan(self, pixels: Container[bytes]) -> StepPlan:
         """The next step's decision. ``pixels`` holds the keys of the images that could be encoded now.
 
-        Sequences are moved between the lines and given blocks here; token counts change in ``commit``.
+        Sequences are moved between the lines and given blocks here; token counts change in ``commit``. Steps run in the
+        order they were planned in, so a plan may build on what steps before it have yet to compute.
         """
         planner = _StepPlanner(self._config.max_step_tokens, self._max_images, self._vision, pixels)
         preempted: list[Sequence] = []
@@ -76,10 +80,13 @@ class Scheduler:
             if (
                 sequence.status is SequenceStatus.RUNNING
                 and sequence.num_uncomputed == 1
+                and not sequence.is_drawn_out
                 and planner.budget > 0
                 and self._room_for_next_token(sequence, preempted)
             ):
                 planner.take(sequence)
+        if planner.slices:
+            planner.budget = min(planner.budget, self._config.max_mixed_tokens)
         for sequence in self.running:
             if sequence.num_uncomputed > 1 and planner.budget > 0:
                 planner.take(sequence)
@@ -94,20 +101,23 @@ class Scheduler:
         )
 
     def commit(self, plan: StepPlan) -> None:
-        """Record that the plan's tokens are computed: full blocks become findable, spent images are unpinned."""
-        size = self._config.block_size
+        """Record that the plan was launched: full blocks become findable, spent images are unpinned."""
         for piece in plan.slices:
             sequence, end = piece.sequence, piece.start + piece.length
             sequence.num_cached_tokens = end
-            if self._config.prefix_caching and end // size > piece.start // size:
-                chain_hashes(sequence.request, sequence.token_ids[:end], size, sequence.block_hashes)
-                for index in range(piece.start // size, end // size):
-                    self._blocks.publish(sequence.blocks[index], sequence.block_hashes[index])
+            sequence.num_pending += piece.samples
+            self._publish(sequence)
             if sequence.pinned:
                 # An image that stands twice may be done in one place and cut off in the other.
                 cut_off = {sequence.image_key(span) for span in _touched(sequence, end, 0)}
                 for key in sequence.pinned - cut_off:
                     self._unpin(sequence, key)
+
+    def record(self, sequence: Sequence, token_id: int) -> None:
+        """Append a token that a launched step has drawn for ``sequence``."""
+        sequence.num_pending -= 1
+        sequence.token_ids.append(token_id)
+        self._publish(sequence)
 
     def check(self) -> None:
         """Assert that no block or pin is held by anything but a running sequence."""
@@ -115,12 +125,14 @@ class Scheduler:
         for sequence in self.waiting:
             assert not sequence.blocks, f"waiting request {sequence.id} holds blocks {sequence.blocks}"
             assert not sequence.pinned, f"waiting request {sequence.id} holds {len(sequence.pinned)} pins"
+        rows = sorted([sequence.row for sequence in self.running] + self._free_rows)
+        assert rows == list(range(self._config.max_running)), f"rows held and free: {rows}"
         pins = {key for sequence in self.running for key in sequence.pinned}
         assert self._vision.num_pinned == len(pins), f"{self._vision.num_pinned} pins, {len(pins)} in use"
 
     def _room_for_next_token(self, sequence: Sequence, preempted: list[Sequence]) -> bool:
         """Give a decode the block its next token needs, preempting from the end of the line when none is left."""
-        needed = self._blocks_for(len(sequence.token_ids)) - len(sequence.blocks)
+        needed = self._blocks_for(sequence.length) - len(sequence.blocks)
         while needed > self._blocks.num_free:
             victim = max(self.running, key=_turn)
             self._preempt(victim)
@@ -155,9 +167,12 @@ class Scheduler:
             reserve = len(self.running) // self._config.block_size + 1 if self.running else 0
             if needed + reserve > self._blocks.num_free - self._blocks.num_idle_among(hits):
                 return
+            assert sequence.num_pending == 0, f"request {sequence.id} is admitted with a token still unknown"
             self._blocks.share(hits)
             sequence.blocks = hits + self._blocks.allocate(needed)
             sequence.num_cached_tokens = start
+            sequence.num_published = len(hits)
+            sequence.row = self._free_rows.pop()
             sequence.status = SequenceStatus.RUNNING
             self.waiting.remove(sequence)
             insort(self.running, sequence, key=_turn)
@@ -195,9 +210,24 @@ class Scheduler:
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._config.block_size)
 
+    def _publish(self, sequence: Sequence) -> None:
+        """Make findable what is full, launched and known. A sequence that was preempted meanwhile has no blocks."""
+        size = self._config.block_size
+        complete = min(sequence.num_cached_tokens, len(sequence.token_ids)) // size
+        if not self._config.prefix_caching or complete <= sequence.num_published:
+            return
+        chain_hashes(sequence.request, sequence.token_ids[: complete * size], size, sequence.block_hashes)
+        for index in range(sequence.num_published, complete):
+            self._blocks.publish(sequence.blocks[index], sequence.block_hashes[index])
+        sequence.num_published = complete
+
     def _release(self, sequence: Sequence) -> None:
         self._blocks.release(sequence.blocks)
         sequence.blocks = []
+        sequence.num_published = 0
+        if sequence.row >= 0:
+            self._free_rows.append(sequence.row)
+            sequence.row = -1
         for key in list(sequence.pinned):
             self._unpin(sequence, key)
 
@@ -232,12 +262,12 @@ class _StepPlanner:
             if key not in sequence.pinned:
                 sequence.pinned.add(key)
                 self._vision.pin(key)
-        self.slices.append(Slice(sequence, start, length))
+        self.slices.append(Slice(sequence, start, length, samples=start + length == sequence.length))
         self.budget -= length
 
     def reach(self, sequence: Sequence, start: int) -> int:
         """How many tokens from ``start`` could be computed now; an image that can't be encoded yet cuts it short."""
-        length = min(self.budget, len(sequence.token_ids) - start)
+        length = min(self.budget, sequence.length - start)
         num_new = 0
         for span in _touched(sequence, start, length):
             key = sequence.image_key(span)

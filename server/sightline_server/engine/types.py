@@ -5,6 +5,7 @@ boundary is a frozen msgspec struct; ``Sequence`` alone is mutable and never lea
 """
 
 import enum
+import sys
 from dataclasses import dataclass, field
 
 import msgspec
@@ -139,6 +140,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     images_encoded_total: int = 0
     preemptions_total: int = 0
     steps_total: int = 0
+    graph_steps_total: int = 0
+    """Steps of decodes that were replayed from a graph."""
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -169,11 +172,17 @@ class EngineConfig:
     block_size: int
     max_model_len: int
     max_step_tokens: int
+    max_mixed_tokens: int = sys.maxsize
+    """Most prompt tokens in a step that continues answers too: those wait for the whole step."""
     max_running: int
     max_queue: int
     encoder_cache_bytes: int
     prefix_caching: bool = True
     deterministic: bool = False
+    overlap: bool = False
+    """Plan and launch a step before the tokens of the one before are known: its events come one step late."""
+    graphs: bool = False
+    """Record decode steps and image encoding once, and replay them; only on a GPU."""
 
 
 class SequenceStatus(enum.Enum):
@@ -188,7 +197,9 @@ class Sequence:
 
     request: Request
     token_ids: list[int]
-    """Prompt and sampled tokens."""
+    """Prompt and sampled tokens, as far as they are known."""
+    limit: int = sys.maxsize
+    """Tokens, prompt and answer, at which it has to end."""
     order: int = 0
     """Place in the order of arrival; survives preemption."""
     status: SequenceStatus = SequenceStatus.WAITING
@@ -196,7 +207,13 @@ class Sequence:
     block_hashes: list[bytes] = field(default_factory=list)
     """Chained hashes of the leading full blocks of ``token_ids``, computed or not."""
     num_cached_tokens: int = 0
-    """Tokens whose keys and values are in ``blocks``."""
+    """Tokens whose keys and values are in ``blocks``, once all that was launched is done."""
+    num_published: int = 0
+    """Leading blocks that the books have been told the content of."""
+    num_pending: int = 0
+    """Tokens that launched steps draw and that aren't known yet."""
+    row: int = -1
+    """Where the device keeps the token drawn last; -1 while the sequence isn't running."""
     num_hit_tokens: int = -1
     """Prefix-cache hits when first scheduled; -1 before that."""
     pinned: set[bytes] = field(default_factory=set)
@@ -211,12 +228,34 @@ class Sequence:
         return len(self.request.prompt.token_ids)
 
     @property
+    def length(self) -> int:
+        """Tokens, those included that are drawn and not known yet."""
+        return len(self.token_ids) + self.num_pending
+
+    @property
     def num_generated(self) -> int:
+        """Tokens of the answer that are known."""
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
+    def num_drawn(self) -> int:
+        """Tokens of the answer, known or not: the position of the next one."""
+        return self.length - self.num_prompt_tokens
+
+    @property
     def num_uncomputed(self) -> int:
-        return len(self.token_ids) - self.num_cached_tokens
+        return self.length - self.num_cached_tokens
+
+    @property
+    def is_drawn_out(self) -> bool:
+        """Whether its last token is drawn already: it only waits to be known."""
+        return self.length >= self.limit
+
+    @property
+    def draws_by_history(self) -> bool:
+        """Whether a token can only be drawn when all before it are known."""
+        params = self.request.sampling
+        return bool(params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty)
 
     def image_key(self, span: ImageSpan) -> bytes:
         """What the encoder cache knows the image by: tenants with different salts share nothing."""
@@ -230,11 +269,8 @@ class Slice:
     sequence: Sequence
     start: int
     length: int
-
-    @property
-    def samples(self) -> bool:
-        """Whether this slice reaches the sequence's last token, so that a new one is sampled."""
-        return self.start + self.length == len(self.sequence.token_ids)
+    samples: bool = False
+    """Whether this slice reaches the sequence's last token, so that a new one is sampled."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ Needs no GPU. Proves what the compiler made, not how fast it is. Planted faults 
 """
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -15,8 +16,9 @@ from twins import make_attention, make_heads, noise
 from sightline_kernels.int8_linear import fused as int8
 from sightline_kernels.launch import Launch
 from sightline_kernels.nf4_linear import fused as nf4
-from sightline_kernels.nf4_linear.reference import byte_pairs
+from sightline_kernels.nf4_linear.reference import CompressedScales, Scales, byte_pairs
 from sightline_kernels.paged_attention import fused as attention
+from sightline_kernels.quick_gelu import fused as quick_gelu
 from sightline_kernels.rms_norm import fused as rms_norm
 from sightline_kernels.rotary_store_kv import fused as rotary_store_kv
 from sightline_kernels.silu_mul import fused as silu_mul
@@ -66,13 +68,33 @@ def multiply(scheme: str, rows: int, dtype: torch.dtype = torch.bfloat16) -> Lau
     part_SRO = torch.zeros(parts, rows, width)
     if scheme == "int8":
         return int8.plan(x, torch.zeros(width, width, dtype=torch.int8), torch.zeros(width), part_SRO)
-    packed, absmax = torch.zeros(width * width // 2, dtype=torch.uint8), torch.zeros(width * width // 64)
-    return nf4.plan(x, packed, absmax, byte_pairs(x.device), part_SRO)
+    packed, blocks = torch.zeros(width * width // 2, dtype=torch.uint8), width * width // 64
+    scales: Scales = torch.zeros(blocks)
+    if scheme == "nf4, double":
+        groups = torch.zeros(blocks // 256)
+        scales = CompressedScales(torch.zeros(blocks, dtype=torch.uint8), torch.zeros(256), groups, groups, 256)
+    return nf4.plan(x, packed, scales, byte_pairs(x.device), part_SRO)
 
 
 def add_parts(dtype: torch.dtype) -> Launch:
     y_RO = torch.zeros(2, 4096, dtype=dtype)
     return int8.plan_sum(torch.zeros(4, 2, 4096), y_RO[0].clone(), y_RO)
+
+
+def make_whole(dtype: torch.dtype, width: int = 11008) -> Launch:
+    codes = torch.zeros(8, width, dtype=torch.int8)
+    return int8.plan_dequantize(codes, torch.ones(8), torch.empty(8, width, dtype=dtype))
+
+
+def make_nf4_whole(dtype: torch.dtype, group: int = 0) -> Launch:
+    weight_OI = torch.empty(8, 11008, dtype=dtype)
+    blocks = weight_OI.numel() // 64
+    scales: Scales = torch.ones(blocks)
+    if group:
+        sizes = torch.ones(-(-blocks // group))
+        scales = CompressedScales(torch.zeros(blocks, dtype=torch.uint8), torch.zeros(256), sizes, sizes, group)
+    packed = torch.zeros(weight_OI.numel() // 2, dtype=torch.uint8)
+    return nf4.plan_dequantize(packed, scales, byte_pairs(packed.device), weight_OI)
 
 
 LAUNCHES: dict[str, Callable[[torch.dtype], Launch]] = {
@@ -83,6 +105,12 @@ LAUNCHES: dict[str, Callable[[torch.dtype], Launch]] = {
     "rotary_store_kv": turn,
     "rotary_store_kv, heads of 96": lambda dtype: turn(dtype, 32, 32, 96),
     "store_kv": store,
+    "int8 weights made whole": make_whole,
+    "quick_gelu": lambda dtype: quick_gelu.plan(torch.zeros(3, 577, 4096, dtype=dtype), torch.zeros(1, dtype=dtype)),
+}
+NF4_WHOLE: dict[str, Callable[[torch.dtype], Launch]] = {
+    "float32 scales": make_nf4_whole,
+    "compressed scales": lambda dtype: make_nf4_whole(dtype, 256),
 }
 ATTENTION: dict[str, Callable[[torch.dtype], Launch]] = {
     "decodes": lambda dtype: attend(0, dtype),
@@ -103,6 +131,15 @@ def test_machine_code_is_free_of_faults(name: str, capability: int) -> None:
     assert faults(compile_for(LAUNCHES[name](torch.bfloat16), capability), capability) == []
 
 
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+@pytest.mark.parametrize("name", NF4_WHOLE)
+def test_nf4_weights_are_made_whole_in_wide_strides(name: str, capability: int) -> None:
+    # Scales and the numbers that bytes stand for are looked up one by one; what is streamed isn't.
+    made = compile_for(NF4_WHOLE[name](torch.bfloat16), capability)
+    assert faults(made, capability, wide_loads=1) == []
+    assert re.search(r"\bSTG\.E\.(\w+\.)*128\b", made.sass)
+
+
 def loads_of_keys(launch: Launch, dtype: torch.dtype) -> int:
     """128-bit loads that each thread needs for the keys and values of one turn of the loop."""
     tile_bytes = launch.constants["KEYS"] * launch.constants["D_BLOCK"] * dtype.itemsize
@@ -117,13 +154,27 @@ def test_attention_loads_keys_and_values_wide_and_fits(name: str, capability: in
     assert faults(made, capability, wide_loads=loads_of_keys(launch, torch.bfloat16)) == []
 
 
-@pytest.mark.parametrize(("scheme", "weights", "budget"), [("int8", 64 * 128, 9.0), ("nf4", 128 * 64, 6.6)])
+@pytest.mark.parametrize(
+    ("scheme", "weights", "budget"), [("int8", 64 * 128, 9.0), ("nf4", 128 * 64, 6.6), ("nf4, double", 128 * 64, 6.6)]
+)
 @pytest.mark.parametrize("rows", [2, 16])
 def test_a_weight_takes_few_instructions_on_hopper(scheme: str, weights: int, budget: float, rows: int) -> None:
     """Reading weights at the memory's speed leaves an H200 6.9 thread instructions for one of int8 and 3.9 for one of
     NF4; the budgets are these over the shares of that speed that are aimed for."""
     launch = multiply(scheme, rows)
     assert instructions_a_weight(compile_for(launch, 90), launch, weights) <= budget
+
+
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+def test_compressed_scales_round_twice_and_cost_float32_ones_nothing(capability: int) -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        made = compile_for(multiply("nf4, double", 16, dtype), capability)
+        # Tables are read in narrow loads; packed weights are the wide ones.
+        assert faults(made, capability, wide_loads=1) == []
+        # Product and sum of a scale; in one instruction they would round once.
+        assert re.search(r"\bFADD\b", made.sass)
+    plain = compile_for(multiply("nf4", 16), capability)
+    assert not re.search(r"\bFADD\b", plain.sass), "scales in float32 are made whole again"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
@@ -151,7 +202,7 @@ def test_narrow_loads_of_keys_are_found() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("name", ["add_rms_norm", "silu_mul", "rotary_store_kv", "store_kv"])
+@pytest.mark.parametrize("name", ["add_rms_norm", "silu_mul", "rotary_store_kv", "store_kv", "quick_gelu"])
 def test_other_precisions_too(name: str, dtype: torch.dtype) -> None:
     assert faults(compile_for(LAUNCHES[name](dtype), 80), 80) == []
 

@@ -69,6 +69,45 @@ def test_nf4_linear(rows: int, outputs: int, width: int, biased: bool, dtype: to
     check(ours, x, true, bias if biased else None, torch.finfo(dtype).eps / 2)
 
 
+def compressed(absmax: Tensor, group: int) -> nf4_reference.CompressedScales:
+    """Scales near ``absmax``, of short groups with an offset each, so that a small matrix has several."""
+    made = nf4_reference.compress_scales(absmax)
+    codes = torch.arange(absmax.numel(), device=absmax.device).mul_(37).add_(11).to(torch.uint8)
+    groups = -(-absmax.numel() // group)
+    sizes = torch.arange(1, groups + 1, device=absmax.device) / 7
+    return nf4_reference.CompressedScales(codes, made.map_P, sizes, sizes / 3 + 0.9, group)
+
+
+@pytest.mark.parametrize("group", [256, 5])
+@pytest.mark.parametrize(("rows", "outputs", "width"), SHAPES)
+def test_nf4_linear_of_compressed_scales(
+    rows: int, outputs: int, width: int, group: int, dtype: torch.dtype, device: str
+) -> None:
+    x, weight, bias = inputs(rows, outputs, width, dtype, device)
+    packed, absmax = nf4_reference.quantize(weight)
+    scales, pairs = compressed(absmax, group), nf4_reference.byte_pairs(weight.device)
+    ours = nf4.nf4_linear(x, packed, scales, pairs, bias, outputs)
+    true = nf4_reference.dequantize(packed, scales, pairs, (outputs, width), torch.float32)
+    check(ours, x, true, bias, torch.finfo(dtype).eps / 2)
+
+
+def test_scales_are_made_whole_to_the_last_bit(dtype: torch.dtype, device: str) -> None:
+    width, rows = 4096, 64
+    weight = noise(130, width, dtype=torch.float32, device=device)
+    packed, absmax = nf4_reference.quantize(weight)
+    # Of a level of 1 the product is its scale.
+    packed.fill_(0xFF)
+    pairs = nf4_reference.byte_pairs(weight.device)
+    # A row of the identity from each block shows the weights themselves.
+    x = torch.zeros(rows, width, dtype=torch.float32, device=device)
+    x[torch.arange(rows), torch.arange(0, width, 64)] = 1
+    scales = nf4_reference.compress_scales(absmax)
+    part_SRO = torch.empty(int8.split_count(130, width, nf4.OUTPUTS, 64), rows, 130, device=device)
+    nf4.plan(x.to(dtype), packed, scales, pairs, part_SRO).run()
+    assert torch.equal(part_SRO.sum(0).T, nf4_reference.expand_scales(scales).view(130, 64))
+    assert not torch.equal(part_SRO.sum(0).T, absmax.view(130, 64)), "compression lost nothing"
+
+
 def test_leading_axes_and_no_rows(dtype: torch.dtype, device: str) -> None:
     x, weight, bias = inputs(6, 9, 128, dtype, device)
     codes, absmax = int8_reference.quantize(weight)
@@ -85,12 +124,13 @@ def test_leading_axes_and_no_rows(dtype: torch.dtype, device: str) -> None:
         assert run(x[:0]).shape == (0, 9)
 
 
-def test_many_rows_take_the_dequantized_product(dtype: torch.dtype, device: str) -> None:
-    x, weight, _ = inputs(int8.MOST_ROWS + 1, 4, 64, dtype, device)
+@pytest.mark.parametrize("width", [64, 4160])
+def test_many_rows_take_the_dequantized_product(width: int, dtype: torch.dtype, device: str) -> None:
+    x, weight, _ = inputs(int8.MOST_ROWS + 1, 4, width, dtype, device)
     codes, absmax = int8_reference.quantize(weight)
     assert torch.equal(int8.int8_linear(x, codes, absmax, None), int8_reference.int8_linear(x, codes, absmax, None))
     packed, scales = nf4_reference.quantize(weight)
     pairs = nf4_reference.byte_pairs(weight.device)
-    assert torch.equal(
-        nf4.nf4_linear(x, packed, scales, pairs, None, 4), nf4_reference.nf4_linear(x, packed, scales, pairs, None, 4)
-    )
+    for each in (scales, compressed(scales, 5), nf4_reference.compress_scales(scales)):
+        ours, right = (make.nf4_linear(x, packed, each, pairs, None, 4) for make in (nf4, nf4_reference))
+        assert torch.equal(ours, right)

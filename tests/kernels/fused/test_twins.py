@@ -18,6 +18,8 @@ from twins import make_attention, make_heads, noise, wide_rows
 from sightline_kernels.dispatch import REFERENCES, choose
 from sightline_kernels.paged_attention import fused as attention
 from sightline_kernels.paged_attention.reference import paged_attention
+from sightline_kernels.quick_gelu import fused as quick_gelu
+from sightline_kernels.quick_gelu.reference import quick_gelu as quick_gelu_reference
 from sightline_kernels.rms_norm import fused as rms_norm
 from sightline_kernels.rms_norm.reference import add_rms_norm
 from sightline_kernels.rotary_store_kv import fused as rotary_store_kv
@@ -73,6 +75,15 @@ def test_add_rms_norm_squares_no_half_precision_numbers(device: str) -> None:
 def test_silu_mul(rows: int, width: int, dtype: torch.dtype, device: str) -> None:
     gate_up = wide_rows(rows, 2 * width, dtype=dtype, device=device)
     check(silu_mul.silu_mul(gate_up), silu_mul_reference(gate_up.double()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1,), (3, 7, 5), (2, 4099)])
+def test_quick_gelu(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    x = noise(*shape, dtype=dtype, device=device)
+    x.view(-1)[0] = -90.0
+    check(quick_gelu.quick_gelu(x), quick_gelu_reference(x.double()))
+    assert quick_gelu.quick_gelu(x[:0]).shape == x[:0].shape
 
 
 def test_silu_mul_of_large_numbers_is_no_nan(device: str) -> None:
