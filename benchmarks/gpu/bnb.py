@@ -19,7 +19,7 @@ from benchmarks.gpu.models import random_model
 from benchmarks.gpu.stage import Stage, first_line, run, times_ms
 from sightline_models.quantization_config import Quantization
 from sightline_models.vlm import Vlm
-from sightline_models.weights import decoder_linears
+from sightline_models.weights import linears_to_quantize
 
 BATCHES = (1, 8, 32)
 TURNS = 3
@@ -27,7 +27,7 @@ TURNS = 3
 
 def replace_linears(model: Vlm, make: Callable[[Tensor], nn.Module]) -> None:
     """Put what ``make`` makes of its weight in place of each of the decoder's linears, one at a time."""
-    wanted = decoder_linears(model)
+    wanted = linears_to_quantize(model, vision=False)
     places = [
         (parent, name, child)
         for parent in model.decoder.layers.modules()

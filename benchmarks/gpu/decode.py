@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.ceilings import copy_bandwidth
-from benchmarks.gpu.models import decoder_bytes_per_step, device_kernels, not_fused, random_model
+from benchmarks.gpu.models import decoder_bytes_per_step, fused, not_fused, random_model
 from benchmarks.gpu.paged import PagedSequences
 from benchmarks.gpu.stage import Stage, first_line, run, summary_ms, synchronize, times_ms
 from benchmarks.gpu.streams import BLOCK_SIZE, rate_of
@@ -185,10 +185,10 @@ class Bench:
             return {**row, "failed": first_line(error)}
         floor_ms = self.floor_ms(streams)
         row |= {**rate.to_json(), "floor_ms": round(floor_ms, 4), "share_of_floor": round(floor_ms / rate.step_ms, 4)}
-        graphs = "" if rate.graph_share is None else f", {rate.graph_share:.0%} of steps from graphs"
         self.stage.say(
             f"engine, {streams} streams{'' if fast else ', launch by launch'}: {rate.step_ms:.2f} ms, "
-            f"{rate.tokens_per_s:,.0f} tokens/s ({row['share_of_floor']:.0%} of the floor reached{graphs})"
+            f"{rate.tokens_per_s:,.0f} tokens/s ({row['share_of_floor']:.0%} of the floor reached, "
+            f"{rate.graph_share:.0%} of steps from graphs)"
         )
         return row
 
@@ -214,7 +214,7 @@ def measure(stage: Stage) -> None:
         context=CONTEXT,
         copy_bytes_per_s=bandwidth,
         weight_bytes_per_step=decoder_bytes_per_step(model, DTYPE, quantize),
-        fused=device_kernels(model.decoder.kernels),
+        fused=fused(model.decoder.kernels),
         not_fused=not_fused(model, DTYPE, stage.device, quantize),
     )
     engines: list[dict[str, Any]] = []

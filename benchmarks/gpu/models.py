@@ -61,15 +61,17 @@ def workload_of(config: VlmConfig, dtype: torch.dtype, device: str, quantize: Qu
     return kernel_workload(config.decoder, dtype=dtype, device=torch.device(device), quantization=quantize)
 
 
+def fused(kernels: Kernels) -> list[str]:
+    """The operations that are fused, by the modules that hold them: nobody's word is taken for it."""
+    return [name for name, call in vars(kernels).items() if call.__module__.endswith(".fused")]
+
+
 def not_fused(model: Vlm, dtype: torch.dtype, device: str, quantize: Quantization) -> dict[str, str]:
-    """The operations whose fused twin ``auto`` doesn't take for this model, each with why."""
-    chosen = explain("auto", workload_of(model.config, dtype, device, quantize))
-    return {choice.operation: choice.reason for choice in chosen if not choice.fused}
-
-
-def device_kernels(kernels: Kernels) -> list[str]:
-    """The operations among ``kernels`` that are fused, by the module that holds them."""
-    return [name for name, call in vars(kernels).items() if str(getattr(call, "__module__", "")).endswith(".fused")]
+    """The operations that are not, though ``auto`` takes what it can, each with why."""
+    workload = workload_of(model.config, dtype, device, quantize)
+    reasons = {choice.operation: choice.reason for choice in explain("auto", workload)}
+    taken = fused(choose("auto", workload))
+    return {name: reason for name, reason in reasons.items() if name not in taken}
 
 
 def random_transformers_model(folder: Path, *, device: str, seed: int = 0) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.models import device_kernels, random_model
+from benchmarks.gpu.models import fused, random_model
 from benchmarks.gpu.stage import Stage, run, synchronize
 from benchmarks.gpu.streams import SLACK, STEP_TOKENS, make_engine, start_streams, tokens_of
 
@@ -144,7 +144,7 @@ def covered(spans: list[tuple[float, float]]) -> float:
 def measure(stage: Stage) -> None:
     batch, dtype = (BATCH if stage.on_gpu else 2), torch.bfloat16
     model = random_model(stage.shape, dtype=dtype, device=stage.device)
-    stage.save(shape=stage.shape, batch=batch, context=CONTEXT, fused=device_kernels(model.decoder.kernels))
+    stage.save(shape=stage.shape, batch=batch, context=CONTEXT, fused=fused(model.decoder.kernels))
     answer_len = WARMUP_STEPS + PROFILED_STEPS + batch * CONTEXT // STEP_TOKENS + SLACK
     engine = make_engine(
         model, device=stage.device, dtype=dtype, streams=batch, max_len=CONTEXT + answer_len + 1, fast=True

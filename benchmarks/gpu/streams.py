@@ -27,8 +27,8 @@ from sightline_server.engine.types import (
 )
 
 BLOCK_SIZE = 16
-STEP_TOKENS = 2048
-"""The server's own bound of a step on a GPU."""
+STEP_TOKENS, MIXED_STEP_TOKENS = 2048, 512
+"""The server's own bounds of a step on a GPU: of any, and of prompts in one that continues answers too."""
 SLACK = 16
 """Tokens a stream may get beyond those that are counted: a step's results may come a step late."""
 
@@ -41,17 +41,11 @@ class Rate:
     step_ms: float
     """Median over the rounds, for a token of every stream."""
     round_ms: tuple[float, ...]
-    graph_share: float | None
-    """Steps that replayed a graph; nothing where the engine doesn't count them."""
+    graph_share: float
+    """Of the steps, those that replayed a graph."""
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
-
-
-def engine_config(**wanted: Any) -> EngineConfig:
-    """A config of those fields that this engine knows."""
-    known = {field.name for field in dataclasses.fields(EngineConfig)}
-    return EngineConfig(**{name: value for name, value in wanted.items() if name in known})
 
 
 def make_engine(
@@ -64,24 +58,26 @@ def make_engine(
     fast: bool = True,
     deterministic: bool = False,
     encoder_cache_bytes: int = 0,
-    step_tokens: int = STEP_TOKENS,
+    mixed_tokens: int = STEP_TOKENS,
 ) -> Engine:
     """An idle engine with a cache for ``streams`` sequences of ``max_len``.
 
     ``fast``: as a server on a GPU runs it, steps as graphs and results a step late; else launch by launch.
     """
-    fast = fast and device != "cpu"
-    config = engine_config(
-        num_blocks=streams * (-(-max_len // BLOCK_SIZE) + 1),
+    # As the server's are, whatever the streams need of it: a graph is made for the longest sequence there may be.
+    longest = model.config.decoder.max_position_embeddings
+    config = EngineConfig(
+        num_blocks=max(streams * (-(-max_len // BLOCK_SIZE) + 1), -(-longest // BLOCK_SIZE)),
         block_size=BLOCK_SIZE,
-        max_model_len=max_len,
-        max_step_tokens=step_tokens,
+        max_model_len=longest,
+        max_step_tokens=STEP_TOKENS,
+        max_mixed_tokens=mixed_tokens,
         max_running=streams,
         max_queue=streams,
         encoder_cache_bytes=encoder_cache_bytes,
         deterministic=deterministic,
         overlap=fast,
-        graphs=fast,
+        graphs=fast and not deterministic,
     )
     return assemble(model, config, device=torch.device(device), dtype=dtype)
 
@@ -131,14 +127,12 @@ def measure_rate(engine: Engine, *, streams: int, warmup: int, rounds: int, toke
         spent.append((time.perf_counter() - began) * 1000 / tokens)
     after = engine.stats()
     step_ms = statistics.median(spent)
-    replayed = getattr(after, "graph_steps_total", None)
+    replayed = after.graph_steps_total - before.graph_steps_total
     return Rate(
         tokens_per_s=round(streams / step_ms * 1000, 1),
         step_ms=round(step_ms, 4),
         round_ms=tuple(round(each, 4) for each in spent),
-        graph_share=None
-        if replayed is None
-        else (replayed - getattr(before, "graph_steps_total", 0)) / max(1, after.steps_total - before.steps_total),
+        graph_share=replayed / max(1, after.steps_total - before.steps_total),
     )
 
 

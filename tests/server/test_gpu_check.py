@@ -114,7 +114,7 @@ def gpu_results() -> dict[str, Any]:
                 "p99_over_p50": 2.0,
                 "burst_ms": 400.0,
             },
-            "burst_small_steps": {"step_tokens": 512, "p99_over_p50": 1.5, "burst_ms": 600.0},
+            "burst_whole_steps": {"mixed_tokens": 2048, "p99_over_p50": 6.0, "burst_ms": 300.0},
         },
         "peer-eager": {
             "generate": [
@@ -163,7 +163,7 @@ def test_files_of_a_run_that_reached_everything_pass_everywhere() -> None:
     assert values["over_serve"] == 25.0
     assert values["bf16_1"] == 0.9
     assert values["reference_64"] == 0.1
-    assert figures["burst"].note.endswith("with --max-step-tokens 512 1.50x and 600 ms")
+    assert figures["burst"].note.endswith("with --mixed-step-tokens 2048 6.00x and 300 ms")
 
 
 def test_what_is_missing_cut_short_or_not_installed_is_not_measured_and_says_why() -> None:
