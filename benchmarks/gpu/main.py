@@ -179,7 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     if args.plan:
-        print("\n".join(f"{plan.name:<14} {plan.limit_s:>4g} s  {plan.about}" for plan in plans))
+        print("\n".join(f"{plan.name:<17} {plan.limit_s:>4g} s  {plan.about}" for plan in plans))
         print(f"at most {min(args.limit, sum(plan.limit_s for plan in plans)):g} s together (--limit)")
         return 0
     out = args.out or default_folder(args.device)
@@ -210,7 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
     mine = [plan.name for plan in plans]
     for name in mine:
         told = summary["stages"][name]
-        print(f"{name:<14} {told['seconds']:>6.1f} s  {told['verdict']}")
+        print(f"{name:<17} {told['seconds']:>6.1f} s  {told['verdict']}")
     print(f"Results: {out}")
     return 0 if all(summary["stages"][name]["verdict"].startswith(("ok", "skipped")) for name in mine) else 1
 

@@ -85,11 +85,16 @@ def engine_row(folder: Folder, stage: str, streams: int) -> Results:
 
 def _tests(folder: Folder) -> Figure:
     told = folder.stage("tests")
-    if "tests" not in told:
-        raise NotMeasured(folder.why("tests"))
-    if told["tests"] == told["skipped"]:
-        raise NotMeasured(f"of {told['tests']} tests none ran")
-    return Figure(told["failures"] + told["errors"], f"{told['tests']} tests, {told['skipped']} of them skipped")
+    if (counts := told.get("counts")) is not None:
+        if counts["tests"] == counts["skipped"]:
+            raise NotMeasured(f"of {counts['tests']} tests none ran")
+        wrong, note = counts["failures"] + counts["errors"], f"{counts['tests']} tests, {counts['skipped']} skipped"
+        return Figure(wrong, note)
+    so_far = told.get("so_far", {})
+    wrong = so_far.get("failed", 0) + so_far.get("error", 0)
+    if not wrong:
+        raise NotMeasured(f"{folder.why('tests')}; {so_far.get('passed', 0)} tests had passed, none failed")
+    return Figure(wrong, f"before the stage was cut short, {so_far.get('passed', 0)} passed")
 
 
 def _kernels(folder: Folder) -> Figure:

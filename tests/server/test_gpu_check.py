@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.gpu import (
     environment,
+    gpu_tests,
     main,
     pack,
     verdicts,
@@ -71,7 +72,7 @@ def gpu_results() -> dict[str, Any]:
         "copy_bytes_per_s": 4e12,
     }
     return {
-        "tests": {"tests": 70, "failures": 0, "errors": 0, "skipped": 2},
+        "tests": {"counts": {"tests": 70, "failures": 0, "errors": 0, "skipped": 2}},
         "kernels": {
             "trials": [
                 {
@@ -195,6 +196,24 @@ def test_a_kernel_that_failed_counts_though_the_stage_went_no_further() -> None:
     trial = {"operation": "silu_mul", "dtype": "float16", "failed": "CompilationError: no", "passed": False}
     figure = verdicts.READERS["kernels_off"](verdicts.Folder({"kernels": {"trials": [trial], "failed": "a fault"}}))
     assert figure == verdicts.Figure(1, "of 1 cases: silu_mul in float16")
+
+
+def test_tests_that_were_cut_short_tell_what_they_had() -> None:
+    assert [gpu_tests.outcome(f"tests/a.py::test_b[c d] {word} [ 5%]") for word in ("PASSED", "FAILED")] == [
+        "passed",
+        "failed",
+    ]
+    assert gpu_tests.outcome("[gw0] [  3%] ERROR tests/a.py::test_b[c d] ") == "error"
+    assert gpu_tests.outcome("FAILED tests/a.py::test_b - why") is None
+    assert {name for files, _ in gpu_tests.groups() for name in files} == set(gpu_tests.marked_files())
+    read = verdicts.READERS["gpu_tests_failed"]
+    late = {"failed": "ended after its limit of 150 s"}
+    with pytest.raises(verdicts.NotMeasured, match="limit of 150 s; 7 tests had passed, none failed"):
+        read(verdicts.Folder({"tests": {**late, "so_far": {"passed": 7}}}))
+    assert read(verdicts.Folder({"tests": {**late, "so_far": {"passed": 7, "failed": 1}}})).value == 1
+    nothing = {"counts": {"tests": 3, "failures": 0, "errors": 0, "skipped": 3}}
+    with pytest.raises(verdicts.NotMeasured, match="of 3 tests none ran"):
+        read(verdicts.Folder({"tests": nothing}))
 
 
 def test_the_higher_of_two_ceilings_counts() -> None:
