@@ -15,15 +15,15 @@ def measure(stage: Stage) -> None:
     try:
         _serve_and_load(stage, "auto")
     except ServerError as error:
-        # A fused kernel may have taken the engine down with it.
+        # A fused kernel or a recorded step may have taken the engine down with it.
         stage.save(auto_failed=str(error)[-2000:])
         stage.say(f"with --kernels auto: {error}")
-        _serve_and_load(stage, "reference")
+        _serve_and_load(stage, "reference", "--no-cuda-graphs", "--no-overlap")
 
 
-def _serve_and_load(stage: Stage, kernels: str) -> None:
+def _serve_and_load(stage: Stage, kernels: str, *flags: str) -> None:
     port = free_port()
-    command = sightline_command(port, "--random", stage.shape, "--device", stage.device, "--kernels", kernels)
+    command = sightline_command(port, "--random", stage.shape, "--device", stage.device, "--kernels", kernels, *flags)
     with running("sightline", command, port=port, ready_path="/ready", timeout_s=START_TIMEOUT_S) as server:
         stage.save(shape=stage.shape, kernels=kernels, output_len=OUTPUT_LEN, ready_s=round(server.ready_s, 2), runs=[])
         stage.say(f"{stage.shape} with --kernels {kernels} ready in {server.ready_s:.1f} s")

@@ -18,6 +18,7 @@ from benchmarks.gpu.ceilings import matmul_rate
 from benchmarks.gpu.decode import capture_call, free_up
 from benchmarks.gpu.models import random_model
 from benchmarks.gpu.stage import Stage, first_line, run, summary_ms, synchronize, times_ms
+from benchmarks.gpu.step_profile import busy_ms, trace
 from benchmarks.gpu.streams import (
     MIXED_STEP_TOKENS,
     SLACK,
@@ -136,7 +137,7 @@ def measure_second_turn(stage: Stage, model: Vlm) -> None:
         model,
         device=stage.device,
         dtype=DTYPE,
-        streams=2 * TURNS + 2,
+        streams=2 * TURNS + 4,
         max_len=length,
         # Results a step late would time the step after, too.
         fast=False,
@@ -157,14 +158,27 @@ def measure_second_turn(stage: Stage, model: Vlm) -> None:
             stage.save(turns=turns)
     medians = {name: statistics.median(turn[name] for turn in turns) for name in ("first_ms", "second_ms", "device_ms")}
     stage.save(second_turn=medians)
+    try:
+        stage.save(second_turn_busy_ms=trace_second_turn(stage, model, engine, album))
+    except RuntimeError as error:
+        # A machine may not let its work be traced; the figure above needs no trace.
+        stage.say(f"a second turn could not be traced: {first_line(error)}")
     stage.say(
         f"first token of a first turn after {medians['first_ms']:.1f} ms, of a second after {medians['second_ms']:.1f} "
         f"ms ({turns[-1]['cached_tokens']} of {turns[-1]['prompt_tokens']} tokens cached)"
     )
 
 
+def trace_second_turn(stage: Stage, model: Vlm, engine: Engine, album: Album) -> float:
+    """Milliseconds that the device works for such a turn: without the time it waits for launches."""
+    digest, question = album.new_picture(), random_ids(model, QUESTION, seed=1000)
+    answered, _, _ = ask(engine, album, stage.device, "traced/1", album.prompt(digest, question))
+    prompt = album.prompt(digest, question, answered, random_ids(model, QUESTION, seed=1001))
+    return busy_ms(trace(lambda: ask(engine, album, stage.device, "traced/2", prompt, answer_len=1), stage.device))
+
+
 def ask(
-    engine: Engine, album: Album, device: str, name: str, prompt: Prompt
+    engine: Engine, album: Album, device: str, name: str, prompt: Prompt, answer_len: int = ANSWER
 ) -> tuple[tuple[int, ...], int, dict[str, float]]:
     """One request alone: its tokens, those of its prompt that were cached, and how long its first token took."""
     on_gpu = device != "cpu"
@@ -173,7 +187,7 @@ def ask(
     began = time.perf_counter()
     if on_gpu:
         marks[0].record()
-    engine.add(Request(id=name, prompt=prompt, sampling=SamplingParams(max_tokens=ANSWER, temperature=1.0, seed=7)))
+    engine.add(Request(id=name, prompt=prompt, sampling=SamplingParams(max_tokens=answer_len, temperature=1.0, seed=7)))
     tokens: list[int] = []
     first: dict[str, float] = {}
     while True:

@@ -35,17 +35,32 @@ LONG_GAP_US = 10.0
 """Between kernels the device rests a microsecond or two; a longer gap is a wait for the host."""
 
 
-def record_trace(step: Callable[[], object], device: str, path: Path) -> None:
-    """Profile ``PROFILED_STEPS`` calls, one after another, and write the trace."""
+def trace(work: Callable[[], object], device: str) -> list[dict[str, Any]]:
+    """The profiler's events of ``work`` and of all that the device does for it."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device != "cpu":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profiler:
-        for _ in range(PROFILED_STEPS):
-            with torch.profiler.record_function(STEP):
-                step()
+        work()
         synchronize(device)
-    profiler.export_chrome_trace(str(path))
+    with tempfile.TemporaryDirectory(prefix="sightline-trace-") as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events: list[dict[str, Any]] = json.loads(path.read_text())["traceEvents"]
+    return events
+
+
+def run_steps(step: Callable[[], object]) -> None:
+    """``PROFILED_STEPS`` calls, one after another."""
+    for _ in range(PROFILED_STEPS):
+        with torch.profiler.record_function(STEP):
+            step()
+
+
+def busy_ms(events: list[dict[str, Any]]) -> float:
+    """Milliseconds that the device worked."""
+    spans = [(event["ts"], event["ts"] + event["dur"]) for event in events if event.get("cat") in DEVICE_WORK]
+    return covered(sorted(spans)) / 1000
 
 
 def read_trace(events: list[dict[str, Any]]) -> dict[str, Any]:
@@ -152,10 +167,7 @@ def measure(stage: Stage) -> None:
     start_streams(engine, model, streams=batch, prompt_len=CONTEXT, answer_len=answer_len)
     for _ in range(WARMUP_STEPS):
         tokens_of(engine.step())
-    with tempfile.TemporaryDirectory(prefix="sightline-trace-") as folder:
-        path = Path(folder) / "trace.json"
-        record_trace(engine.step, stage.device, path)
-        events = json.loads(path.read_text())["traceEvents"]
+    events = trace(lambda: run_steps(engine.step), stage.device)
     told = read_trace(events)
     stage.save(**told)
     if stage.trace_path is not None:

@@ -191,8 +191,10 @@ def _encoder(folder: Folder) -> Figure:
 def _second_turn(folder: Folder) -> Figure:
     turn = folder.get("pictures", "second_turn")
     cached = folder.get("pictures", "turns")[-1]
-    note = f"{cached['cached_tokens']} of {cached['prompt_tokens']} tokens cached; first turn {turn['first_ms']:.1f} ms"
-    return Figure(turn["device_ms"], note)
+    note = f"by the device's clock; {cached['cached_tokens']} of {cached['prompt_tokens']} tokens cached"
+    if (busy := folder.stage("pictures").get("second_turn_busy_ms")) is not None:
+        note += f"; {busy:.1f} ms of it the device works"
+    return Figure(turn["device_ms"], f"{note}; a first turn takes {turn['first_ms']:.1f} ms")
 
 
 def _burst(folder: Folder) -> Figure:

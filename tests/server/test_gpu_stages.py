@@ -157,12 +157,18 @@ def test_idle_time_is_what_no_work_covers_between_the_second_step_and_the_last()
     assert step_profile.read_window(ranges[:1], work) == {}
 
 
+def test_the_device_is_busy_where_its_work_covers_time() -> None:
+    work = [{"cat": cat, "ts": ts, "dur": 1000.0} for cat, ts in (("kernel", 0), ("gpu_memcpy", 500), ("cpu_op", 9e3))]
+    assert step_profile.busy_ms(work) == 1.5
+
+
 def test_pictures_are_encoded_asked_about_again_and_sent_in_a_burst(tmp_path: Path) -> None:
     told = run_on_cpu(pictures, tmp_path)
     assert [row["pictures"] for row in told["encoder"]] == [1, 2]
     assert len(told["turns"]) == pictures.TURNS
     # Whole blocks of the picture and the first turn are found again.
     assert all(turn["cached_tokens"] > 64 for turn in told["turns"])
+    assert told["second_turn_busy_ms"] == 0
     for name in ("burst_cold", "burst", "burst_whole_steps"):
         assert told[name]["pictures_unanswered"] == 0
         assert told[name]["p99_over_p50"] >= 1
