@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -96,7 +97,10 @@ def gpu_results() -> dict[str, Any]:
                 }
             ]
         },
-        "decode": decoding(280.0),
+        "decode": {
+            **decoding(280.0),
+            "batches": [{"batch": 64, "in_graph": {"median_ms": 10.8, "share_of_floor": 0.83}}],
+        },
         "decode-reference": references,
         "decode-int8": decoding(500.0),
         "decode-nf4": decoding(650.0),
@@ -165,6 +169,8 @@ def test_files_of_a_run_that_reached_everything_pass_everywhere() -> None:
     assert values["over_serve"] == 25.0
     assert values["bf16_1"] == 0.9
     assert values["reference_64"] == 0.1
+    assert "without a trace, at most 5.5%" in figures["idle_64"].note
+    assert "the bare step from a graph 83.0%" in figures["bf16_64"].note
     assert figures["burst"].note.endswith("with --mixed-step-tokens 2048 6.00x and 300 ms")
 
 
@@ -274,7 +280,15 @@ def test_every_stage_has_a_module_and_a_variant_that_it_knows() -> None:
     assert len({plan.name for plan in main.STAGES}) == len(main.STAGES)
     for plan in main.STAGES:
         assert importlib.util.find_spec(f"benchmarks.gpu.{plan.module}"), plan.module
-    assert main.default_folder("cpu").name.startswith("gpu-cpu-")
+
+
+def test_only_a_whole_run_on_a_gpu_lies_among_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main, "nvidia_smi", lambda: {"name": "NVIDIA H200"})
+    whole = main.default_folder("cuda", quick=False)
+    assert whole.parent == main.ROOT / "benchmarks/results"
+    assert re.fullmatch(r"gpu-nvidia-h200-\d{4}-\d\d-\d\d", whole.name)
+    for proof in (main.default_folder("cpu", quick=False), main.default_folder("cuda", quick=True)):
+        assert not proof.is_relative_to(main.ROOT)
 
 
 def test_a_variant_reaches_its_stage(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
