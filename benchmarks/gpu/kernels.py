@@ -1,9 +1,10 @@
 """Stage kernels: every fused twin beside its reference, at a 7B model's widths: the largest error of both.
 
 The truth is the reference in float64. A twin may be no farther from it than its reference is, or than one rounding.
-Knows no time: what the twins gain shows in the decode and profile stages.
+Knows no time but sampling's, beside a sort's: what the other twins gain shows in the decode and profile stages.
 """
 
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.models import fused as fused_operations
-from benchmarks.gpu.stage import Stage, first_line, run
+from benchmarks.gpu.stage import Stage, first_line, run, times_ms
 from sightline_kernels.dispatch import (
     OPERATIONS,
     REFERENCES,
@@ -28,8 +28,10 @@ from sightline_kernels.layout import PagedLayout
 from sightline_kernels.nf4_linear import reference as nf4
 
 HIDDEN, INTERMEDIATE, HEADS, HEAD_DIM, BLOCK_SIZE = 4096, 11008, 32, 128, 16
+VOCAB = 32064
 KV_HEADS = (32, 8)
 ROWS = (1, 64, 2048)
+SAMPLED = (1, 8, 64)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -110,6 +112,13 @@ def trials(rows: int, kv_heads: int, dtype: torch.dtype, device: str) -> list[Tr
     def nf4_linear(kernels: Kernels, kind: torch.dtype) -> tuple[Tensor, ...]:
         return (kernels.nf4_linear(x_TD.to(kind), packed_Q, absmax_K, pairs_P2, None, HIDDEN),)
 
+    sampled = sampling_inputs(min(rows, 64), device)
+
+    def sample(kernels: Kernels, kind: torch.dtype) -> tuple[Tensor, ...]:
+        # Logits are float32 whatever the model computes in.
+        logits_BV = sampled[0].double() if kind == torch.float64 else sampled[0]
+        return (kernels.sample(logits_BV, *sampled[1:]),)
+
     operations = (
         add_rms_norm,
         silu_mul,
@@ -118,11 +127,41 @@ def trials(rows: int, kv_heads: int, dtype: torch.dtype, device: str) -> list[Tr
         paged_attention,
         int8_linear,
         nf4_linear,
+        sample,
         quick_gelu,
     )
     calls = {call.__name__: call for call in operations}
-    assert set(calls) <= set(OPERATIONS), f"trials of {sorted(calls)}, operations {OPERATIONS}"
+    assert set(calls) == set(OPERATIONS), f"trials of {sorted(calls)}, twins of {OPERATIONS}"
     return [Trial(name, call) for name, call in calls.items()]
+
+
+def sampling_inputs(rows: int, device: str) -> tuple[Tensor, ...]:
+    """What ``sample`` takes: rows that are plain, greedy or filtered in turn."""
+    generator = torch.Generator().manual_seed(rows)
+    logits_BV = torch.randn(rows, VOCAB, generator=generator) * 3
+    index_B = torch.arange(rows)
+
+    def in_turn(*numbers: float) -> Tensor:
+        return torch.tensor(numbers)[index_B % len(numbers)]
+
+    filters = (in_turn(0, 50), in_turn(0.9, 0.5, 1.0), in_turn(0.0, 0.0, 0.0, 0.05))
+    inputs = (logits_BV, in_turn(0.7, 1.0, 0.0, 0.3), *filters, index_B, index_B % 2, index_B * 100)
+    return tuple(each.to(device) for each in inputs)
+
+
+def sampling_times(rows: int, fused: Kernels, device: str) -> dict[str, float]:
+    """Microseconds for rows that all have top-p: the twin, the reference, and its sort alone."""
+    logits_BV, _, _, _, _, *noise = sampling_inputs(rows, device)
+    wishes = [torch.full((rows,), number, device=device) for number in (0.7, 0, 0.9, 0.0)]
+    calls: dict[str, Callable[[], Tensor]] = {
+        "fused_us": lambda: fused.sample(logits_BV, *wishes, *noise),
+        "reference_us": lambda: REFERENCES.sample(logits_BV, *wishes, *noise),
+        "sort_us": lambda: logits_BV.sort(dim=-1).values,
+    }
+    return {
+        name: round(1000 * statistics.median(times_ms(call, device, warmup=3, repeats=20)), 1)
+        for name, call in calls.items()
+    }
 
 
 def attention_layout(rows: int, device: str) -> tuple[PagedLayout, int]:
@@ -180,13 +219,19 @@ def measure(stage: Stage) -> None:
         for kv_heads in KV_HEADS:
             fused = choose_kernels("auto", workload(kv_heads, dtype, stage.device))
             for rows in rows_of_stage:
-                tried = trials(rows, kv_heads, dtype, stage.device)
-                untried = set(fused_operations(fused)) - {trial.operation for trial in tried}
-                assert not untried, f"fused and not tried: {', '.join(sorted(untried))}"
-                for trial in tried:
+                for trial in trials(rows, kv_heads, dtype, stage.device):
                     told.append(_measure_trial(stage, trial, fused, dtype) | {"rows": rows, "kv_heads": kv_heads})
                 stage.save(trials=told)
     stage.save(finished_trials=True)
+    fused = choose_kernels("auto", workload(KV_HEADS[0], torch.bfloat16, stage.device))
+    try:
+        some = SAMPLED if stage.on_gpu else SAMPLED[:1]
+        sampling = {str(rows): sampling_times(rows, fused, stage.device) for rows in some}
+        stage.save(sampling=sampling)
+        stage.say(f"sampling with top-p, by rows: {sampling}")
+    except Exception as error:
+        # What doesn't run was told by its trials.
+        stage.say(f"sampling could not be timed: {first_line(error)}")
     choices = explain("auto", workload(KV_HEADS[0], DTYPES[0], stage.device))
     stage.save(choices={each.operation: f"{'fused' if each.fused else 'reference'}: {each.reason}" for each in choices})
     wrong = [f"{each['operation']} in {each['dtype']}, {each['rows']} rows" for each in told if not each["passed"]]

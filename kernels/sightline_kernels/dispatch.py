@@ -9,7 +9,7 @@ import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -36,9 +36,27 @@ class FusedRefusedError(ValueError):
     """Fused kernels were demanded where one of them can't be used; the sentence says which and why."""
 
 
+class Sample(Protocol):
+    """One token a row; ``sample/reference.py`` says how."""
+
+    def __call__(
+        self,
+        logits_BV: Tensor,
+        temperature_B: Tensor,
+        top_k_B: Tensor,
+        top_p_B: Tensor,
+        min_p_B: Tensor,
+        seed_B: Tensor,
+        choice_B: Tensor,
+        position_B: Tensor,
+        *,
+        filtered: bool = True,
+    ) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Kernels:
-    """The operations of a model, each its reference or the fused twin of the same signature."""
+    """The operations of a model and its sampler, each its reference or the fused twin of the same signature."""
 
     add_rms_norm: Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
     silu_mul: Callable[[Tensor], Tensor]
@@ -48,7 +66,7 @@ class Kernels:
     int8_linear: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
     nf4_linear: Callable[[Tensor, Tensor, Scales, Tensor, Tensor | None, int], Tensor]
     """Of blocks of 64; others are the reference's."""
-    sample: Callable[..., Tensor]
+    sample: Sample
     quick_gelu: Callable[[Tensor], Tensor]
 
     @property
@@ -169,6 +187,7 @@ def _twins(workload: Workload) -> tuple[Kernels, dict[str, str]]:
     from sightline_kernels.quick_gelu import fused as quick_gelu
     from sightline_kernels.rms_norm import fused as rms_norm
     from sightline_kernels.rotary_store_kv import fused as rotary
+    from sightline_kernels.sample import fused as sampling
     from sightline_kernels.silu_mul import fused as silu
     from sightline_kernels.store_kv import fused as store
 
@@ -180,7 +199,7 @@ def _twins(workload: Workload) -> tuple[Kernels, dict[str, str]]:
         attention.paged_attention,
         int8.int8_linear,
         nf4.nf4_linear,
-        sample,
+        sampling.sample,
         quick_gelu.quick_gelu,
     )
     widths = (workload.hidden_size, workload.num_heads * workload.head_dim, workload.intermediate_size)
@@ -191,6 +210,7 @@ def _twins(workload: Workload) -> tuple[Kernels, dict[str, str]]:
         "quick_gelu": quick_gelu.refusal(),
         "rotary_store_kv": rotary.refusal(workload.head_dim),
         "paged_attention": attention.refusal(workload.num_heads, workload.num_kv_heads, workload.head_dim),
+        "sample": sampling.refusal(),
     }
     # Of the linears only those that the model has can be in the way.
     if workload.quantization == "int8":

@@ -97,6 +97,8 @@ def test_a_kernel_that_does_not_compile_is_a_case_that_failed(tmp_path: Path, mo
 
     broken = dataclasses.replace(REFERENCES, silu_mul=fail)
     monkeypatch.setattr(kernels, "choose_kernels", lambda _mode, _workload: broken)
+    monkeypatch.setattr(kernels, "DTYPES", (torch.bfloat16,))
+    monkeypatch.setattr(kernels, "KV_HEADS", (8,))
     with pytest.raises(SystemExit, match="silu_mul in bfloat16"):
         run_on_cpu(kernels, tmp_path)
     told = json.loads((tmp_path / "proof.json").read_text())

@@ -3,7 +3,7 @@
 The weights stand on the left of the product: they are converted in registers, which is where Hopper's matrix
 instructions take their left side from, while the few rows of input wait in shared memory. A decode step is bound by
 reading weights, so the input width is split among programs until every multiprocessor has some; their sums meet in a
-second, small launch, in an order that never changes.
+second, small launch, in an order that never changes. An output wide enough for all of them is not split.
 Suffixes: I input width, O output width, R rows of input, S parts of the input width.
 """
 
@@ -46,11 +46,14 @@ def int8_linear(x_I: Tensor, codes_OI: Tensor, absmax_O: Tensor, bias_O: Tensor 
         plan_dequantize(codes_OI, absmax_O, weight_OI).run()
         return F.linear(x_I, weight_OI, bias_O)
     out_features, in_features = codes_OI.shape
+    y_RO = torch.empty(x_RI.shape[0], out_features, dtype=x_I.dtype, device=x_I.device)
     parts = split_count(out_features, in_features, OUTPUTS, INPUTS)
-    part_SRO = torch.empty(parts, x_RI.shape[0], out_features, dtype=torch.float32, device=x_I.device)
-    y_RO = torch.empty(part_SRO.shape[1:], dtype=x_I.dtype, device=x_I.device)
-    plan(x_RI, codes_OI, absmax_O, part_SRO).run()
-    plan_sum(part_SRO, bias_O, y_RO).run()
+    if parts == 1:
+        plan(x_RI, codes_OI, absmax_O, bias_O, y_RO[None]).run()
+    else:
+        part_SRO = torch.empty(parts, *y_RO.shape, dtype=torch.float32, device=x_I.device)
+        plan(x_RI, codes_OI, absmax_O, None, part_SRO).run()
+        plan_sum(part_SRO, bias_O, y_RO).run()
     return y_RO.view(*x_I.shape[:-1], out_features)
 
 
@@ -60,8 +63,8 @@ def split_count(out_features: int, in_features: int, outputs: int, inputs: int) 
     return max(1, min(-(-PROGRAMS // tiles), in_features // (2 * inputs)))
 
 
-def plan(x_RI: Tensor, codes_OI: Tensor, absmax_O: Tensor, part_SRO: Tensor) -> Launch:
-    """The launch that fills ``part_SRO``, whose sum over S is the product without its bias."""
+def plan(x_RI: Tensor, codes_OI: Tensor, absmax_O: Tensor, bias_O: Tensor | None, part_SRO: Tensor) -> Launch:
+    """The launch that fills ``part_SRO``, whose sum over S is the product; a bias is added to each part."""
     parts, rows, out_features = part_SRO.shape
     in_features = codes_OI.shape[1]
     turns = -(-in_features // (INPUTS * parts))
@@ -69,11 +72,12 @@ def plan(x_RI: Tensor, codes_OI: Tensor, absmax_O: Tensor, part_SRO: Tensor) -> 
         _int8_linear,
         (-(-out_features // OUTPUTS) if rows else 0, parts),
         {
-            "x_ptr": x_RI.contiguous(), "codes_ptr": codes_OI, "absmax_ptr": absmax_O, "part_ptr": part_SRO,
-            "rows": rows,
+            "x_ptr": x_RI.contiguous(), "codes_ptr": codes_OI, "absmax_ptr": absmax_O,
+            # What isn't read needs an address all the same.
+            "bias_ptr": absmax_O if bias_O is None else bias_O, "part_ptr": part_SRO, "rows": rows,
         },
         {
-            "OUT": out_features, "IN": in_features, "TURNS": turns,
+            "OUT": out_features, "IN": in_features, "TURNS": turns, "BIASED": bias_O is not None,
             # Compiled for 32 rows and sm_120, registers spill.
             "ROWS": LEAST_ROWS if rows <= LEAST_ROWS else MOST_ROWS,
             "OUTPUTS": OUTPUTS, "INPUTS": INPUTS, "PRECISION": precision_of(x_RI.dtype),
@@ -119,11 +123,13 @@ def _int8_linear(
     x_ptr: "Any",
     codes_ptr: "Any",
     absmax_ptr: "Any",
+    bias_ptr: "Any",
     part_ptr: "Any",
     rows: "Any",
     OUT: tl.constexpr,
     IN: tl.constexpr,
     TURNS: tl.constexpr,
+    BIASED: tl.constexpr,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
@@ -145,8 +151,12 @@ def _int8_linear(
         codes_ptrs += INPUTS
         x_ptrs += INPUTS
     scale = tl.load(absmax_ptr + outputs, mask=outputs < OUT, other=0.0) / 127.0
+    sums *= scale[:, None]
+    if BIASED:
+        sums += tl.load(bias_ptr + outputs, mask=outputs < OUT, other=0.0).to(tl.float32)[:, None]
     part_ptrs = part_ptr + (part * rows + row[None, :]) * OUT + outputs[:, None]
-    tl.store(part_ptrs, sums * scale[:, None], mask=(outputs < OUT)[:, None] & (row < rows)[None, :])
+    kind: tl.constexpr = part_ptr.dtype.element_ty
+    tl.store(part_ptrs, sums.to(kind), mask=(outputs < OUT)[:, None] & (row < rows)[None, :])
 
 
 @triton.jit

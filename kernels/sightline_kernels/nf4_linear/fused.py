@@ -49,27 +49,35 @@ def nf4_linear(
         weight_OI = torch.empty(out_features, in_features, dtype=x_I.dtype, device=x_I.device)
         plan_dequantize(packed_Q, scales, pairs_P2, weight_OI).run()
         return F.linear(x_I, weight_OI, bias_O)
+    y_RO = torch.empty(x_RI.shape[0], out_features, dtype=x_I.dtype, device=x_I.device)
     parts = split_count(out_features, in_features, OUTPUTS, BLOCK_SIZE)
-    part_SRO = torch.empty(parts, x_RI.shape[0], out_features, dtype=torch.float32, device=x_I.device)
-    y_RO = torch.empty(part_SRO.shape[1:], dtype=x_I.dtype, device=x_I.device)
-    plan(x_RI, packed_Q, scales, pairs_P2, part_SRO).run()
-    plan_sum(part_SRO, bias_O, y_RO).run()
+    if parts == 1:
+        plan(x_RI, packed_Q, scales, pairs_P2, bias_O, y_RO[None]).run()
+    else:
+        part_SRO = torch.empty(parts, *y_RO.shape, dtype=torch.float32, device=x_I.device)
+        plan(x_RI, packed_Q, scales, pairs_P2, None, part_SRO).run()
+        plan_sum(part_SRO, bias_O, y_RO).run()
     return y_RO.view(*x_I.shape[:-1], out_features)
 
 
-def plan(x_RI: Tensor, packed_Q: Tensor, scales: Scales, pairs_P2: Tensor, part_SRO: Tensor) -> Launch:
-    """The launch that fills ``part_SRO``, whose sum over S is the product without its bias."""
+def plan(
+    x_RI: Tensor, packed_Q: Tensor, scales: Scales, pairs_P2: Tensor, bias_O: Tensor | None, part_SRO: Tensor
+) -> Launch:
+    """The launch that fills ``part_SRO``, whose sum over S is the product; a bias is added to each part."""
     parts, rows, out_features = part_SRO.shape
     in_features = x_RI.shape[1]
     weight, group = _arguments(packed_Q, scales, pairs_P2)
     return Launch(
         _nf4_linear,
         (-(-out_features // OUTPUTS) if rows else 0, parts),
-        {"x_ptr": x_RI.contiguous(), **weight, "part_ptr": part_SRO, "rows": rows},
+        {
+            "x_ptr": x_RI.contiguous(), **weight, "bias_ptr": weight["absmax_ptr"] if bias_O is None else bias_O,
+            "part_ptr": part_SRO, "rows": rows,
+        },
         {
             "OUT": out_features, "IN": in_features, "TURNS": -(-in_features // (BLOCK_SIZE * parts)),
-            "ROWS": max(LEAST_ROWS, block_of(rows)), "OUTPUTS": OUTPUTS, "BLOCK_SIZE": BLOCK_SIZE, "GROUP": group,
-            "PRECISION": precision_of(x_RI.dtype),
+            "BIASED": bias_O is not None, "ROWS": max(LEAST_ROWS, block_of(rows)), "OUTPUTS": OUTPUTS,
+            "BLOCK_SIZE": BLOCK_SIZE, "GROUP": group, "PRECISION": precision_of(x_RI.dtype),
         },
         num_warps=4,
         num_stages=4,
@@ -150,11 +158,13 @@ def _nf4_linear(
     map_ptr: "Any",
     offset_ptr: "Any",
     pairs_ptr: "Any",
+    bias_ptr: "Any",
     part_ptr: "Any",
     rows: "Any",
     OUT: tl.constexpr,
     IN: tl.constexpr,
     TURNS: tl.constexpr,
+    BIASED: tl.constexpr,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -186,8 +196,11 @@ def _nf4_linear(
         sums += block_sums * scale[:, None]
         packed_ptrs += HALF
         x_ptrs += BLOCK_SIZE
+    if BIASED:
+        sums += tl.load(bias_ptr + outputs, mask=outputs < OUT, other=0.0).to(tl.float32)[:, None]
     part_ptrs = part_ptr + (part * rows + row[None, :]) * OUT + outputs[:, None]
-    tl.store(part_ptrs, sums, mask=(outputs < OUT)[:, None] & (row < rows)[None, :])
+    out: tl.constexpr = part_ptr.dtype.element_ty
+    tl.store(part_ptrs, sums.to(out), mask=(outputs < OUT)[:, None] & (row < rows)[None, :])
 
 
 @triton.jit

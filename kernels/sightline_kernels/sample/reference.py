@@ -1,6 +1,7 @@
-"""Choosing a token: filters, then Gumbel-max over counter-based noise. Pure functions of their arguments.
+"""Choosing a token: temperature, filters, then Gumbel-max over counter-based noise. Pure functions.
 
-Knows logits and numbers. Knows nothing of requests, penalties or stop tokens.
+Knows logits and numbers. Knows nothing of requests, penalties or stop tokens. On a GPU the host reads
+nothing back, so that a step can be captured in a graph with its sampling.
 
 Shape suffixes: B rows, V vocabulary, G groups of E tokens, X places that noise is drawn for.
 """
@@ -11,6 +12,9 @@ from torch import Tensor
 
 GROUP = 64
 """Neighbouring tokens that are first drawn as one."""
+
+LARGEST_REST = 1 - 2.0**-24
+"""The float32 next to 1."""
 
 # Philox4x32-10: Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -34,12 +38,13 @@ def philox(even: Tensor, odd: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     multiplier = _pair(_MULTIPLIERS, even.device).view(column)
     step = torch.arange(_ROUNDS, device=even.device).view(-1, *(1 for _ in column))
     weyl = _pair(_WEYL, even.device).view(column)
-    for round_key in ((key + step * weyl) & _MASK).unbind():
-        # The product of two 32-bit words is exact in int64's 64 bits, although its sign may turn.
+    for round_key in (key + step * weyl).unbind():
+        # The product of two 32-bit words is exact in int64's 64 bits, although its sign may turn. A word's upper bits
+        # are cut off only where they would matter.
         product = (even * multiplier).flip(0)
-        even = (product >> 32).bitwise_and_(_MASK).bitwise_xor_(odd).bitwise_xor_(round_key)
-        odd = product.bitwise_and_(_MASK)
-    return even, odd
+        even = product.bitwise_right_shift(32).bitwise_xor_(odd).bitwise_xor_(round_key).bitwise_and_(_MASK)
+        odd = product
+    return even, odd & _MASK
 
 
 def _pair(numbers: tuple[int, int], device: torch.device) -> Tensor:
@@ -63,53 +68,9 @@ def gumbel_noise(seed_B: Tensor, choice_B: Tensor, position_B: Tensor, places: i
     words_02, words_13 = philox(even, odd, key)
     bits_BX = torch.stack((words_02, words_13), dim=1).flatten(0, 1).permute(1, 2, 0).flatten(1)[:, :places]
     # 1 - uniform, in (0, 1]: where it is small, float32 holds it to full precision, and there the largest noise is.
-    rest_BX = (bits_BX.float() + 0.5).mul_(2.0**-32)
+    # A whole 1, to which the last bits would round, would give minus infinity: a token as unlikely as a forbidden one.
+    rest_BX = (bits_BX.float() + 0.5).mul_(2.0**-32).clamp_(max=LARGEST_REST)
     return rest_BX.neg_().log1p_().neg_().log_().neg_()
-
-
-def filter_logits(logits_BV: Tensor, top_k_B: Tensor, top_p_B: Tensor, min_p_B: Tensor) -> Tensor:
-    """Logits with the tokens outside top-k, top-p (nucleus) or min-p at -inf; the most likely token always stays.
-
-    Top-p keeps the smallest set of most likely tokens whose probability reaches ``top_p`` (Holtzman et al., 2020);
-    min-p keeps tokens at least ``min_p`` times as likely as the most likely one. Both look at what top-k left.
-
-    Args:
-        logits_BV: float32, temperature already applied.
-        top_k_B: int64, 0 for no limit.
-        top_p_B, min_p_B: float32.
-    """
-    vocab_size = logits_BV.shape[1]
-    sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
-    rank_1V = torch.arange(vocab_size, device=logits_BV.device)[None, :]
-    limit_B1 = torch.where(top_k_B > 0, top_k_B, vocab_size)[:, None]
-    sorted_BV = sorted_BV.masked_fill(rank_1V >= limit_B1, -torch.inf)
-    probability_BV = sorted_BV.softmax(dim=-1)
-    before_BV = probability_BV.cumsum(dim=-1) - probability_BV
-    drop_BV = (before_BV >= top_p_B[:, None]) | (probability_BV < min_p_B[:, None] * probability_BV[:, :1])
-    drop_BV[:, 0] = False
-    sorted_BV = sorted_BV.masked_fill(drop_BV, -torch.inf)
-    return torch.empty_like(sorted_BV).scatter_(1, order_BV, sorted_BV)
-
-
-def draw(logits_BV: Tensor, temperature_B: Tensor, seed_B: Tensor, choice_B: Tensor, position_B: Tensor) -> Tensor:
-    """Token ids [B] int64: argmax where the temperature is 0, a draw from softmax(logits) elsewhere.
-
-    The draw is Gumbel-max in two steps, first of a group of neighbouring tokens by its total probability, then of a
-    token in it: the same distribution from far less noise than one number a token.
-
-    Args:
-        logits_BV: float32, temperature and filters applied.
-        temperature_B: float32; only whether it is 0 matters here.
-        seed_B, choice_B, position_B: see ``gumbel_noise``.
-    """
-    num_rows, vocab_size = logits_BV.shape
-    num_groups = -(-vocab_size // GROUP)
-    logits_BGE = F.pad(logits_BV, (0, num_groups * GROUP - vocab_size), value=-torch.inf).view(num_rows, -1, GROUP)
-    noise_BX = gumbel_noise(seed_B, choice_B, position_B, num_groups + GROUP)
-    group_B = (logits_BGE.logsumexp(dim=-1) + noise_BX[:, :num_groups]).argmax(dim=-1)
-    chosen_BE = logits_BGE.gather(1, group_B[:, None, None].expand(-1, 1, GROUP))[:, 0]
-    drawn_B = group_B * GROUP + (chosen_BE + noise_BX[:, num_groups:]).argmax(dim=-1)
-    return torch.where(temperature_B == 0, logits_BV.argmax(dim=-1), drawn_B)
 
 
 def sample(
@@ -124,16 +85,75 @@ def sample(
     *,
     filtered: bool = True,
 ) -> Tensor:
-    """Token ids [B] int64, each a function of its row alone: temperature, filters, then a draw.
+    """Token ids [B] int64: where the temperature is 0 the likeliest, the first of equals; elsewhere a draw from
+    softmax(logits / temperature) over the tokens that the filters keep (see ``keep``).
 
     Args:
-        logits_BV: float32, as the model gave them. Not modified.
-        temperature_B: float32; 0 takes the likeliest token.
-        top_k_B, top_p_B, min_p_B: see ``filter_logits``.
-        seed_B, choice_B, position_B: see ``gumbel_noise``.
-        filtered: False when it is known that no row has a filter.
+        logits_BV: float32, as the model gave them; -inf for a token that may not be chosen. Not modified.
+        temperature_B: float32, 0 or large enough that logits over it stay finite.
+        top_k_B: int64; 0 for no limit.
+        top_p_B, min_p_B: float32; 1 and 0 for no limit.
+        seed_B, choice_B, position_B: int64, see ``gumbel_noise``.
+        filtered: False promises that no row has a filter.
     """
-    scaled_BV = logits_BV / torch.where(temperature_B == 0, 1.0, temperature_B)[:, None]
+    # A GPU would be waited for.
+    if logits_BV.device.type == "cpu" and not temperature_B.any():
+        return logits_BV.argmax(dim=-1)
+    divisor_B1 = temperature_B.masked_fill(temperature_B == 0, 1.0)[:, None]
+    scaled_BV = logits_BV / divisor_B1
     if filtered:
-        scaled_BV = filter_logits(scaled_BV, top_k_B, top_p_B, min_p_B)
-    return draw(scaled_BV, temperature_B, seed_B, choice_B, position_B)
+        scaled_BV.masked_fill_(~keep(logits_BV, divisor_B1, top_k_B, top_p_B, min_p_B), -torch.inf)
+    drawn_B = _draw(scaled_BV, seed_B, choice_B, position_B)
+    return torch.where(temperature_B == 0, logits_BV.argmax(dim=-1), drawn_B)
+
+
+def keep(logits_BV: Tensor, divisor_B1: Tensor, top_k_B: Tensor, top_p_B: Tensor, min_p_B: Tensor) -> Tensor:
+    """Which tokens all filters keep, bool [B, V]: a matter of logits, not of their order, so equals stay together.
+
+    Top-k keeps the tokens whose logit is at least the k-th largest. Top-p (nucleus; Holtzman et al., 2020) keeps those
+    for which all likelier ones that top-k left have together less probability than ``top_p``. Min-p keeps those at
+    least ``min_p`` times as likely as the likeliest, which always stays.
+
+    Args:
+        divisor_B1: what logits are divided by before they are probabilities.
+        top_k_B, top_p_B, min_p_B: see ``sample``.
+    """
+    last = logits_BV.shape[1] - 1
+    # Turned round, since places are searched in ascending order: the likeliest token costs least.
+    cost_BV = _sort(-logits_BV)
+    scaled_BV = cost_BV / divisor_B1
+    mass_BV = F.softmin(scaled_BV, dim=-1).cumsum(dim=-1)
+    top_k_B1, top_p_B1 = (top_k_B - 1).masked_fill_(top_k_B <= 0, last).clamp_(max=last)[:, None], top_p_B[:, None]
+    # The last of those that equal the k-th.
+    equal_B1 = torch.searchsorted(cost_BV, cost_BV.gather(1, top_k_B1), right=True).sub_(1).clamp_(0, last)
+    nucleus_B1 = torch.searchsorted(mass_BV, mass_BV.gather(1, equal_B1) * top_p_B1)
+    # Rounded, the sum may be whole before the last token.
+    nucleus_B1 = nucleus_B1.masked_fill_(top_p_B1 >= 1, last)
+    most_B1 = scaled_BV[:, :1] - min_p_B[:, None].log()
+    likely_B1 = torch.searchsorted(scaled_BV, most_B1, right=True).sub_(1).clamp_(min=0)
+    place_B1 = torch.minimum(torch.minimum(top_k_B1, nucleus_B1), likely_B1)
+    return logits_BV >= cost_BV.gather(1, place_B1).neg_()
+
+
+def _sort(numbers_BV: Tensor) -> Tensor:
+    """The rows of a tensor that is ours in ascending order."""
+    if numbers_BV.device.type != "cpu":
+        return numbers_BV.sort(dim=-1).values
+    # NumPy sorts numbers alone, with vector instructions; torch sorts their places along, many times slower.
+    numbers_BV.numpy().sort(axis=-1)
+    return numbers_BV
+
+
+def _draw(logits_BV: Tensor, seed_B: Tensor, choice_B: Tensor, position_B: Tensor) -> Tensor:
+    """A draw from softmax(logits), by Gumbel-max in two steps: first of a group of neighbouring tokens by its total
+    probability, then of a token in it. The same distribution from far less noise than one number a token.
+    """
+    num_rows, vocab_size = logits_BV.shape
+    num_groups = -(-vocab_size // GROUP)
+    logits_BGE = F.pad(logits_BV, (0, num_groups * GROUP - vocab_size), value=-torch.inf).view(num_rows, -1, GROUP)
+    noise_BX = gumbel_noise(seed_B, choice_B, position_B, num_groups + GROUP)
+    # Groups too unlikely for float32 get no probability: no noise is large enough that they would be drawn.
+    share_BG = logits_BGE.flatten(1).softmax(dim=-1).view_as(logits_BGE).sum(dim=-1)
+    group_B = (share_BG.log_() + noise_BX[:, :num_groups]).argmax(dim=-1)
+    chosen_BE = logits_BGE.gather(1, group_B[:, None, None].expand(-1, 1, GROUP))[:, 0]
+    return group_B * GROUP + (chosen_BE + noise_BX[:, num_groups:]).argmax(dim=-1)

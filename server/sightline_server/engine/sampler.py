@@ -5,7 +5,6 @@ Knows what each request asked for. Knows nothing of text, stop conditions or the
 Shape suffixes: S sampled rows, V vocabulary, K likeliest tokens.
 """
 
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sightline_kernels.dispatch import Sample
 from sightline_kernels.sample.reference import sample
 from sightline_server.engine.transfer import to_device
 from sightline_server.engine.types import Sequence, TopLogprob
@@ -101,7 +101,7 @@ def is_plain(sequence: Sequence) -> bool:
     return not (params.logprobs or params.logit_bias or sequence.draws_by_history or _banned(sequence))
 
 
-def choose_tokens(logits_SV: Tensor, sequences: Seq[Sequence], draw: Callable[..., Tensor] = sample) -> Drawn:
+def choose_tokens(logits_SV: Tensor, sequences: Seq[Sequence], draw: Sample = sample) -> Drawn:
     """One token for each row, in order: a function of the row's logits and its sequence alone.
 
     Args:
@@ -158,7 +158,7 @@ def _penalize(row_V: Tensor, sequence: Sequence) -> None:
         row_V -= params.frequency_penalty * count_V + params.presence_penalty * (count_V > 0)
 
 
-def _draw(logits_SV: Tensor, numbers: DrawNumbers, draw: Callable[..., Tensor]) -> Tensor:
+def _draw(logits_SV: Tensor, numbers: DrawNumbers, draw: Sample) -> Tensor:
     if numbers.is_greedy:
         return logits_SV.argmax(dim=-1)
     temperature_S, top_p_S, min_p_S = to_device(torch.from_numpy(numbers.floats_3S), logits_SV.device).unbind()

@@ -21,6 +21,7 @@ from sightline_kernels.paged_attention import fused as attention
 from sightline_kernels.quick_gelu import fused as quick_gelu
 from sightline_kernels.rms_norm import fused as rms_norm
 from sightline_kernels.rotary_store_kv import fused as rotary_store_kv
+from sightline_kernels.sample import fused as sampling
 from sightline_kernels.silu_mul import fused as silu_mul
 from sightline_kernels.store_kv import fused as store_kv
 
@@ -51,6 +52,11 @@ def store(dtype: torch.dtype) -> Launch:
     return store_kv.plan(step.k_TGD, step.v_TGD, *step.fresh_caches(), step.slots_T)
 
 
+def draw(vocab: int) -> Launch:
+    whole, real = torch.zeros(2, dtype=torch.int64), torch.zeros(2)
+    return sampling.plan(torch.zeros(2, vocab), real, whole, real, real, whole, whole, whole, whole.clone())
+
+
 def attend(which: int, dtype: torch.dtype, kv_heads: int = 8, head_dim: int = 128) -> Launch:
     """Of a step of decodes and slices: its decodes (0), the merging of their parts (1), its slices (2)."""
     lengths = [(1, 640), (1, 3), (70, 80), (2, 2)]
@@ -61,19 +67,21 @@ def attend(which: int, dtype: torch.dtype, kv_heads: int = 8, head_dim: int = 12
     return attention.plan(step.q_THD, step.k_cache_NPGD, step.v_cache_NPGD, step.layout, step.scale, out_THD)[which]
 
 
-def multiply(scheme: str, rows: int, dtype: torch.dtype = torch.bfloat16) -> Launch:
+def multiply(scheme: str, rows: int, dtype: torch.dtype = torch.bfloat16, *, split: bool = True) -> Launch:
+    """A square matrix times ``rows``: into sums of parts, or ``split`` off, with a bias into the result."""
     width = 4096
     x, outputs = torch.zeros(rows, width, dtype=dtype), 64 if scheme == "int8" else 128
     parts = int8.split_count(width, width, outputs, int8.INPUTS if scheme == "int8" else 64)
-    part_SRO = torch.zeros(parts, rows, width)
+    part_SRO = torch.zeros(parts, rows, width) if split else torch.zeros(1, rows, width, dtype=dtype)
+    bias_O = None if split else torch.zeros(width, dtype=dtype)
     if scheme == "int8":
-        return int8.plan(x, torch.zeros(width, width, dtype=torch.int8), torch.zeros(width), part_SRO)
+        return int8.plan(x, torch.zeros(width, width, dtype=torch.int8), torch.zeros(width), bias_O, part_SRO)
     packed, blocks = torch.zeros(width * width // 2, dtype=torch.uint8), width * width // 64
     scales: Scales = torch.zeros(blocks)
     if scheme == "nf4, double":
         groups = torch.zeros(blocks // 256)
         scales = CompressedScales(torch.zeros(blocks, dtype=torch.uint8), torch.zeros(256), groups, groups, 256)
-    return nf4.plan(x, packed, scales, byte_pairs(x.device), part_SRO)
+    return nf4.plan(x, packed, scales, byte_pairs(x.device), bias_O, part_SRO)
 
 
 def add_parts(dtype: torch.dtype) -> Launch:
@@ -154,6 +162,14 @@ def test_attention_loads_keys_and_values_wide_and_fits(name: str, capability: in
     assert faults(made, capability, wide_loads=loads_of_keys(launch, torch.bfloat16)) == []
 
 
+@pytest.mark.parametrize(("vocab", "capability"), [*((32064, each) for each in SHARED_BYTES), (151936, 80), (1408, 90)])
+def test_sampling_reads_its_rows_wide(vocab: int, capability: int) -> None:
+    launch = draw(vocab)
+    # Six passes: the largest logit, its place, the sum of weights, the bounds of top-k and top-p, the draw.
+    wide_loads = 6 * -(-min(vocab, sampling.BLOCK) // (launch.num_warps * 32 * 4))
+    assert faults(compile_for(launch, capability), capability, wide_loads=wide_loads) == []
+
+
 @pytest.mark.parametrize(
     ("scheme", "weights", "budget"), [("int8", 64 * 128, 9.0), ("nf4", 128 * 64, 6.6), ("nf4, double", 128 * 64, 6.6)]
 )
@@ -163,6 +179,16 @@ def test_a_weight_takes_few_instructions_on_hopper(scheme: str, weights: int, bu
     NF4; the budgets are these over the shares of that speed that are aimed for."""
     launch = multiply(scheme, rows)
     assert instructions_a_weight(compile_for(launch, 90), launch, weights) <= budget
+
+
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+@pytest.mark.parametrize("split", [True, False], ids=["parts", "whole"])
+@pytest.mark.parametrize("scheme", ["int8", "nf4", "nf4, double"])
+def test_quantized_linears_spill_nothing_and_fit(scheme: str, split: bool, capability: int) -> None:
+    for rows in (2, 64) if split else (16,):
+        # Packed weights are read in wide loads; scales and tables needn't be.
+        made = compile_for(multiply(scheme, rows, split=split), capability)
+        assert faults(made, capability, wide_loads=1) == [], f"{rows} rows"
 
 
 @pytest.mark.parametrize("capability", SHARED_BYTES)

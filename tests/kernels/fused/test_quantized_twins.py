@@ -103,7 +103,7 @@ def test_scales_are_made_whole_to_the_last_bit(dtype: torch.dtype, device: str) 
     x[torch.arange(rows), torch.arange(0, width, 64)] = 1
     scales = nf4_reference.compress_scales(absmax)
     part_SRO = torch.empty(int8.split_count(130, width, nf4.OUTPUTS, 64), rows, 130, device=device)
-    nf4.plan(x.to(dtype), packed, scales, pairs, part_SRO).run()
+    nf4.plan(x.to(dtype), packed, scales, pairs, None, part_SRO).run()
     assert torch.equal(part_SRO.sum(0).T, nf4_reference.expand_scales(scales).view(130, 64))
     assert not torch.equal(part_SRO.sum(0).T, absmax.view(130, 64)), "compression lost nothing"
 
