@@ -206,7 +206,23 @@ def test_transformers_generates_as_many_tokens_as_it_is_timed_for(tmp_path: Path
 def test_transformers_static_cache_is_timed(tmp_path: Path) -> None:
     told = run_on_cpu(peers, tmp_path, "compiled")
     assert told["tokens_per_s"] > 0
-    assert "skipped" not in told
+    assert not {"skipped", "whole_graph_failed"} & set(told)
+
+
+def test_a_model_that_does_not_compile_whole_is_compiled_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_ = torch.compile
+
+    def fail_on_whole_graphs(call: Any, *, fullgraph: bool, **how: Any) -> Any:
+        if fullgraph:
+            raise RuntimeError("a graph break")
+        return compile_(call, fullgraph=False, **how)
+
+    monkeypatch.setattr(torch, "compile", fail_on_whole_graphs)
+    told = run_on_cpu(peers, tmp_path, "compiled")
+    assert told["whole_graph_failed"] == "RuntimeError: a graph break"
+    assert told["tokens_per_s"] > 0
 
 
 def test_what_is_timed_of_the_static_cache_says_what_generate_says() -> None:
