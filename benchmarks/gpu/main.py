@@ -158,6 +158,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: benchmarks/results/gpu-<GPU>-<date>")
     parser.add_argument("--stages", metavar="A,B", help="default: all; a folder gathers those of several commands")
+    parser.add_argument("--missing", action="store_true", help="of these, those without a whole result in the folder")
     parser.add_argument("--plan", action="store_true", help="instead: print the stages and what each may take")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu proves the code on tiny shapes")
     parser.add_argument("--quick", action="store_true", help="smaller shapes")
@@ -183,11 +184,13 @@ def main(arguments: list[str] | None = None) -> int:
         plans = chosen(args.stages)
     except ValueError as error:
         parser.error(str(error))
+    out = args.out or default_folder(args.device, args.quick)
+    if args.missing:
+        plans = [plan for plan in plans if not is_whole(read_stage(out, plan.name))]
     if args.plan:
         print("\n".join(f"{plan.name:<17} {plan.limit_s:>4g} s  {plan.about}" for plan in plans))
         print(f"at most {min(args.limit, sum(plan.limit_s for plan in plans)):g} s together (--limit)")
         return 0
-    out = args.out or default_folder(args.device, args.quick)
     out.mkdir(parents=True, exist_ok=True)
     flags = ["--device", args.device, *(["--quick"] if args.quick else [])]
     deadline = time.monotonic() + args.limit
@@ -224,6 +227,11 @@ def read_stage(out: Path, name: str) -> dict[str, Any]:
     path = out / f"{name}.json"
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     return results
+
+
+def is_whole(results: dict[str, Any]) -> bool:
+    """Whether a stage came to its end and nothing was wrong."""
+    return bool(results.get("finished")) and "failed" not in results
 
 
 def earlier_stages(out: Path) -> dict[str, Any]:

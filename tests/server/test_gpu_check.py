@@ -276,6 +276,15 @@ def test_the_plan_is_printed_and_nothing_runs(tmp_path: Path, capsys: pytest.Cap
     assert not (tmp_path / "none").exists()
 
 
+def test_what_has_no_whole_result_yet_can_be_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, told in (("decode", {}), ("profile", {"failed": "ended with code 1"})):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"finished": True, **told}))
+    (tmp_path / "load.json").write_text(json.dumps({"runs": []}))
+    wanted = ["--missing", "--plan", "--out", str(tmp_path), "--stages", "decode,profile,pictures,load"]
+    assert main.main(wanted) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[:-1]] == ["profile", "pictures", "load"]
+
+
 def test_every_stage_has_a_module_and_a_variant_that_it_knows() -> None:
     assert len({plan.name for plan in main.STAGES}) == len(main.STAGES)
     for plan in main.STAGES:
