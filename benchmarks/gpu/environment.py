@@ -1,4 +1,7 @@
-"""Stage 1: what the machine is, and its ceilings measured in this run."""
+"""Stage environment: what the machine is, and its ceilings measured in this run."""
+
+import contextlib
+import importlib.metadata
 
 import torch
 
@@ -6,9 +9,20 @@ from benchmarks.gpu.ceilings import copy_bandwidth, launch_us, matmul_rate, read
 from benchmarks.gpu.stage import Stage, run
 from benchmarks.machine import describe_machine, nvidia_smi
 
+PEERS = ("bitsandbytes", "torchao", "openai", "typer")
+
+
+def installed(packages: tuple[str, ...]) -> dict[str, str]:
+    """Versions of those that are there."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
 
 def measure(stage: Stage) -> None:
-    stage.save(machine=describe_machine(), nvidia_smi_before=nvidia_smi())
+    stage.save(machine=describe_machine(), peers=installed(PEERS), nvidia_smi_before=nvidia_smi())
     if stage.on_gpu:
         properties = torch.cuda.get_device_properties(0)
         stage.save(

@@ -1,4 +1,4 @@
-"""Stage 4: how far our bfloat16 logits are from float32's, beside how far transformers' own bfloat16 ones are.
+"""Stage oracle: how far our bfloat16 logits are from float32's, beside how far transformers' own bfloat16 ones are.
 
 The oracle is transformers in float32 on the same weights. Ours runs all prompts packed in one prefill, then decodes
 the last tokens one by one through the paged cache; teacher-forced, so one slip doesn't change what follows.
@@ -17,6 +17,7 @@ from torch import Tensor
 from benchmarks.gpu.models import load_ours, random_transformers_model, scratch_folder
 from benchmarks.gpu.paged import PagedSequences
 from benchmarks.gpu.stage import Stage, run
+from sightline_kernels.dispatch import Mode
 from sightline_models import presets
 from sightline_models.config import VlmConfig, read_config
 from sightline_models.images import read_preprocess_config
@@ -131,10 +132,14 @@ def compare(shape: str, device: str, folder: Path) -> dict[str, Any]:
     oracle = their_logits(theirs.float(), probes, config, mean, std)
     del theirs
     told: dict[str, Any] = {"shape": shape, "transformers_bfloat16": errors(theirs_bfloat16, oracle)}
-    for name, dtype in (("ours_bfloat16", torch.bfloat16), ("ours_float32", torch.float32)):
+    runs: list[tuple[str, torch.dtype, Mode]] = [("ours_bfloat16", torch.bfloat16, "auto")]
+    if device != "cpu":
+        # A CPU has no other kernels.
+        runs.append(("ours_bfloat16_reference", torch.bfloat16, "reference"))
+    for name, dtype, mode in [*runs, ("ours_float32", torch.float32, "auto")]:
         if device != "cpu":
             torch.cuda.empty_cache()
-        model = load_ours(folder, dtype=dtype, device=device)
+        model = load_ours(folder, dtype=dtype, device=device, mode=mode)
         told[name] = errors(our_logits(model, probes, dtype, device), oracle)
         del model
     told["over_reference"] = told["ours_bfloat16"]["relative_l2"] / told["transformers_bfloat16"]["relative_l2"]

@@ -1,13 +1,14 @@
 """Gathers the wheels that a bare CUDA machine without a network lacks, for Python 3.12 on x86-64.
 
 Such a machine is taken to hold torch, triton, transformers and what commonly stands beside them. Everything else that
-the server, the load generator and the tests import is named here; versions are those of this environment.
+the server, the load generator, the tests and the peers import is named here; versions are those of this environment.
 """
 
 import importlib.metadata
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 from benchmarks.machine import ROOT
@@ -33,6 +34,12 @@ PACKED = (
     "typing-inspection",
     "uvicorn",
 )
+PEERS = ("bitsandbytes", "httpcore2", "httpx2", "jiter", "openai", "sniffio", "torchao", "truststore")
+"""What is measured beside us, or what that needs. Where one is missing, so is its row, and nothing else."""
+NOT_HERE = {"torchao": "0.18.0"}
+"""Versions of those that this environment has no use for."""
+CUDA_VERSION = "130"
+"""bitsandbytes brings a library for each version of CUDA; the one for the machine's is kept."""
 ALREADY_THERE = frozenset(
     {
         "click",
@@ -44,6 +51,7 @@ ALREADY_THERE = frozenset(
         "jinja2",
         "markupsafe",
         "numpy",
+        "packaging",
         "pillow",
         "prometheus-client",
         "psutil",
@@ -60,19 +68,20 @@ ALREADY_THERE = frozenset(
         "uvloop",
     }
 )
-PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014", "manylinux1")
+PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_24", "manylinux_2_17", "manylinux2014", "manylinux1")
 
 
 def uncovered() -> dict[str, list[str]]:
     """Requirements of the packed packages that are neither packed nor taken to be there, by package."""
-    known = set(PACKED) | ALREADY_THERE
+    packed = (*PACKED, *PEERS)
+    known = set(packed) | ALREADY_THERE
     gaps: dict[str, list[str]] = {}
-    for package in PACKED:
-        for requirement in importlib.metadata.requires(package) or ():
+    for package in packed:
+        for requirement in () if package in NOT_HERE else importlib.metadata.requires(package) or ():
             text, _, marker = requirement.partition(";")
             name = re.split(r"[^A-Za-z0-9._-]", text.strip(), maxsplit=1)[0].lower().replace("_", "-")
             # Extras are not asked for; backports to old Pythons and what other interpreters need are not needed.
-            if name not in known and not re.search("extra|python_version|implementation_name", marker):
+            if name not in known and not re.search("extra|python_version|implementation_name|== ?.emscripten", marker):
                 gaps.setdefault(package, []).append(name)
     return gaps
 
@@ -83,7 +92,19 @@ def download_command(folder: Path) -> list[str]:
     command += ["--only-binary=:all:", "--python-version", "3.12", "--implementation", "cp"]
     for platform in PLATFORMS:
         command += ["--platform", f"{platform}_x86_64"]
-    return [*command, "--dest", str(folder), *(f"{name}=={importlib.metadata.version(name)}" for name in PACKED)]
+    versions = {name: NOT_HERE.get(name) or importlib.metadata.version(name) for name in (*PACKED, *PEERS)}
+    return [*command, "--dest", str(folder), *(f"{name}=={version}" for name, version in versions.items())]
+
+
+def slim(wheel: Path) -> None:
+    """Leave out of a wheel of bitsandbytes every library but the machine's and the CPU's."""
+    kept = wheel.with_suffix(".slim")
+    with zipfile.ZipFile(wheel) as whole, zipfile.ZipFile(kept, "w", zipfile.ZIP_DEFLATED) as part:
+        for entry in whole.infolist():
+            library = re.search(r"libbitsandbytes_(\w+)\.so$", entry.filename)
+            if library is None or library[1] in ("cpu", f"cuda{CUDA_VERSION}"):
+                part.writestr(entry, whole.read(entry))
+    kept.replace(wheel)
 
 
 def tree_bytes() -> int:
@@ -107,6 +128,8 @@ def gather(folder: Path) -> int:
     if done.returncode:
         print("pip could not gather the wheels; its message is above.")
         return 1
+    for wheel in folder.glob("bitsandbytes-*.whl"):
+        slim(wheel)
     wheels = sorted(folder.glob("*.whl"))
     wheel_mib = sum(wheel.stat().st_size for wheel in wheels) / 2**20
     tree_mib = tree_bytes() / 2**20

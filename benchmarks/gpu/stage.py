@@ -21,11 +21,13 @@ SHAPES = {"cpu": "tiny", "quick": "llava-110m", "full": "llava-1.5-7b"}
 class Stage:
     """One stage's options and results."""
 
-    def __init__(self, name: str, device: str, quick: bool, out: Path | None) -> None:
+    def __init__(self, name: str, device: str, quick: bool, out: Path | None, variant: str = "") -> None:
         self.name = name
         self.device = device
         self.quick = quick
-        self.results: dict[str, Any] = {"stage": name, "device": device, "quick": quick}
+        self.variant = variant
+        """Which of the things that one module measures; each is a process of its own."""
+        self.results: dict[str, Any] = {"stage": name, "device": device, "quick": quick, "variant": variant}
         self._out = out
 
     @property
@@ -60,8 +62,9 @@ def run(name: str, measure: Callable[[Stage], None]) -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--variant", default="")
     args = parser.parse_args()
-    stage = Stage(name, args.device, args.quick, args.out)
+    stage = Stage(f"{name}-{args.variant}" if args.variant else name, args.device, args.quick, args.out, args.variant)
     began = time.monotonic()
     measure(stage)
     stage.save(seconds=round(time.monotonic() - began, 2), finished=True)
@@ -95,6 +98,12 @@ def times_ms(action: Callable[[], object], device: str, *, warmup: int, repeats:
         mark.record()
     torch.cuda.synchronize()
     return [first.elapsed_time(second) for first, second in itertools.pairwise(marks)]
+
+
+def first_line(error: BaseException) -> str:
+    """An error in a line: its kind and what it says first."""
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0][:300] if said else 'no words'}"
 
 
 def summary_ms(times: list[float]) -> dict[str, float]:
