@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 
-from sightline_server.engine.threads import FEW_ROWS, PROBE_EVERY, PROBE_SELDOM, ThreadChooser
+from sightline_server.engine.threads import PROBE_EVERY, PROBE_SELDOM, SHORT_S, ThreadChooser
 
 
 def choices(chooser: ThreadChooser, rows: int, cost: Callable[[int], float], steps: int) -> Counter[int]:
@@ -15,9 +15,14 @@ def choices(chooser: ThreadChooser, rows: int, cost: Callable[[int], float], ste
     return made
 
 
-def test_few_rows_and_single_cores_get_one() -> None:
-    assert choices(ThreadChooser(4), FEW_ROWS - 1, lambda threads: 1 / threads, 20) == {1: 20}
+def test_short_steps_and_single_cores_get_one() -> None:
+    assert choices(ThreadChooser(4), 8, lambda threads: 0.9 * SHORT_S / threads, 20) == {1: 20}
     assert choices(ThreadChooser(1), 1000, lambda threads: 1.0, 20) == {1: 20}
+
+
+def test_one_row_is_shared_too_where_that_pays() -> None:
+    assert choices(ThreadChooser(2), 1, lambda threads: 2 * SHORT_S / threads, 200)[2] > 180
+    assert choices(ThreadChooser(2), 1, lambda threads: 2 * SHORT_S * threads, 200)[1] > 180
 
 
 def test_free_cores_are_used_and_busy_ones_left() -> None:

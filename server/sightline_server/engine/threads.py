@@ -1,15 +1,15 @@
-"""How many CPU threads a step gets: one for few rows, for many rows whichever choice has lately been fastest.
+"""How many CPU threads a step gets: one if it is short, else whichever choice has lately been fastest for its size.
 
-Threads that meet at every operation wait for the slowest of them. On free cores two are faster than one;
-beside a busy process, which may come and go, they can be several times slower. Only time tells, so time is what this
-looks at. Knows rows and seconds. Knows nothing of torch or of what a step computes.
+Threads that meet at every operation wait for the slowest of them. On free cores two are faster than one, unless
+there is little between two meetings; beside a busy process, which may come and go, they can be several times slower.
+Only time tells, so time is what this looks at. Knows rows and seconds. Knows nothing of torch or of what a step does.
 """
 
 from collections import defaultdict, deque
 from statistics import median
 
-FEW_ROWS = 8
-"""Steps of fewer rows are too short to share: they leave the other cores to the HTTP side and to image decoding."""
+SHORT_S = 0.002
+"""A step that takes one thread less isn't shared: its operations are over before a second thread is there."""
 PROBE_EVERY = 16
 """Steps of a size between two tries of the choice that was slower; twice as many each time it is slower again."""
 PROBE_SELDOM = 512
@@ -36,12 +36,14 @@ class ThreadChooser:
 
     def choose(self, rows: int) -> int:
         """Threads for a step of ``rows`` rows."""
-        if self.most == 1 or rows < FEW_ROWS:
+        if self.most == 1:
             return 1
         size = self._sizes[rows.bit_length()]
         one, most = size.costs[1], size.costs[self.most]
-        if min(len(one), len(most)) < _REMEMBERED:
-            return 1 if len(one) <= len(most) else self.most
+        if len(one) < _REMEMBERED or median(one) * rows < SHORT_S:
+            return 1
+        if len(most) < _REMEMBERED:
+            return self.most
         fastest, other = (1, self.most) if median(one) <= median(most) else (self.most, 1)
         if fastest != size.fastest:
             size.fastest, size.patience = fastest, PROBE_EVERY

@@ -23,7 +23,6 @@ from sightline_models.kv import KvPool
 from sightline_models.tokenizer import ChatTokenizer, ImagePart, Message, TextPart
 from sightline_models.vlm import Vlm
 from sightline_server.engine.batch import build_batch
-from sightline_server.engine.threads import FEW_ROWS
 from sightline_server.engine.transfer import to_device
 from sightline_server.engine.types import (
     EngineConfig,
@@ -214,9 +213,9 @@ class _Path:
         return int(self._model.logits(hidden_1D).argmax(dim=-1).item())
 
     def _use_threads(self, rows: int) -> None:
-        """As the engine's steps do: few rows get one."""
+        """A prompt gets all, a token one: which is faster, the engine finds out in longer use."""
         if self._device.type == "cpu":
-            torch.set_num_threads(1 if rows < FEW_ROWS else self._threads)
+            torch.set_num_threads(1 if rows == 1 else self._threads)
 
     def _now(self) -> float:
         if self._device.type == "cuda":
