@@ -17,9 +17,6 @@ from torch import Tensor
 BLOCK_SIZE = 64
 """Numbers that share a scale where nobody asks for another count."""
 
-SCALE_GROUP = 256
-"""Scales that share a scale of their own once they are compressed."""
-
 # Quantiles of a normal distribution, as the paper gives them: exact zero, and both ends.
 _LEVELS = (
     -1.0,
@@ -45,9 +42,6 @@ _LEAST_SCALE = 1e-38
 
 # Bytes made or read at a time: what a large weight needs beside its result stays small, and in a CPU's cache.
 _CHUNK = 2**17
-
-# bitsandbytes compresses scales by a table of this many places between -1 and 1.
-_PLACES = 65535
 
 
 @dataclass(frozen=True)
@@ -147,33 +141,6 @@ def nf4_linear(
     """Return ``x @ weight.T + bias`` over the last axis of ``x``, the weight dequantized to the dtype of ``x``."""
     shape = (out_features, x_I.shape[-1])
     return F.linear(x_I, dequantize(packed_Q, scales, pairs_P2, shape, x_I.dtype, block_size), bias_O)
-
-
-def dynamic_map() -> Tensor:
-    """The 256 numbers of the signed 8-bit dynamic type, float32, rising: fewer digits the smaller the magnitude."""
-    numbers = [0.0, 1.0]
-    for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32, device="cpu")
-        middles = (edges[:-1] + edges[1:]) / 2
-        power = 10.0 ** (exponent - 6)
-        numbers += (power * middles).tolist() + (-power * middles).tolist()
-    return torch.tensor(sorted(numbers), dtype=torch.float32, device="cpu")
-
-
-def compress_scales(absmax_K: Tensor) -> CompressedScales:
-    """The scales less their mean, by the dynamic type, in groups of ``SCALE_GROUP``."""
-    offset = absmax_K.mean()
-    count = absmax_K.numel()
-    groups = -(-count // SCALE_GROUP)
-    centred_CG = F.pad(absmax_K - offset, (0, groups * SCALE_GROUP - count)).view(groups, SCALE_GROUP)
-    absmax_C = centred_CG.abs().amax(dim=1)
-    scaled_CG = (centred_CG * (1.0 / absmax_C)[:, None]).clamp_(-1.0, 1.0)
-    # As bitsandbytes does on a CPU: to the nearest place of a table, then to that place's nearest number.
-    places_CG = ((scaled_CG + 1.0) * (0.5 * _PLACES) + 0.5).floor_()
-    map_P = dynamic_map().to(absmax_K.device)
-    codes_CG = torch.bucketize(-1.0 + 2.0 * places_CG / _PLACES, _midpoints(map_P)).to(torch.uint8)
-    codes_CG[absmax_C == 0] = 0
-    return CompressedScales(codes_CG.view(-1)[:count], map_P, absmax_C, offset.repeat(groups), SCALE_GROUP)
 
 
 def expand_scales(scales: Scales) -> Tensor:

@@ -1,6 +1,6 @@
-"""What fits under ``--gpu-memory``, beside weights, the largest step and recordings; the doctor plans with it too.
+"""Arithmetic over a GPU's memory: which recordings are made and what they keep, and what a limit leaves for the cache.
 
-Pure arithmetic over bytes. Knows no weights, no step and no torch: what these need is told.
+The doctor plans with it. Imports no torch: what weights and the largest step need is told.
 """
 
 from dataclasses import dataclass
