@@ -17,7 +17,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sightline_kernels.int8_linear.fused import LEAST_ROWS, MOST_ROWS, plan_sum, precision_of, split_count
+from sightline_kernels.int8_linear.fused import (
+    LEAST_ROWS,
+    MOST_ROWS,
+    TILE_ROWS,
+    plan_sum,
+    precision_of,
+    row_tiles,
+    split_count,
+)
 from sightline_kernels.launch import Launch, block_of
 from sightline_kernels.nf4_linear.reference import BLOCK_SIZE, CompressedScales, Scales
 
@@ -50,7 +58,7 @@ def nf4_linear(
         plan_dequantize(packed_Q, scales, pairs_P2, weight_OI).run()
         return F.linear(x_I, weight_OI, bias_O)
     y_RO = torch.empty(x_RI.shape[0], out_features, dtype=x_I.dtype, device=x_I.device)
-    parts = split_count(out_features, in_features, OUTPUTS, BLOCK_SIZE)
+    parts = split_count(x_RI.shape[0], out_features, in_features, OUTPUTS, BLOCK_SIZE)
     if parts == 1:
         plan(x_RI, packed_Q, scales, pairs_P2, bias_O, y_RO[None]).run()
     else:
@@ -69,14 +77,14 @@ def plan(
     weight, group = _arguments(packed_Q, scales, pairs_P2)
     return Launch(
         _nf4_linear,
-        (-(-out_features // OUTPUTS) if rows else 0, parts),
+        (row_tiles(rows) * -(-out_features // OUTPUTS), parts),
         {
             "x_ptr": x_RI.contiguous(), **weight, "bias_ptr": weight["absmax_ptr"] if bias_O is None else bias_O,
-            "part_ptr": part_SRO, "rows": rows,
+            "part_ptr": part_SRO, "rows": rows, "row_tiles": row_tiles(rows),
         },
         {
             "OUT": out_features, "IN": in_features, "TURNS": -(-in_features // (BLOCK_SIZE * parts)),
-            "BIASED": bias_O is not None, "ROWS": max(LEAST_ROWS, block_of(rows)), "OUTPUTS": OUTPUTS,
+            "BIASED": bias_O is not None, "ROWS": max(LEAST_ROWS, min(TILE_ROWS, block_of(rows))), "OUTPUTS": OUTPUTS,
             "BLOCK_SIZE": BLOCK_SIZE, "GROUP": group, "PRECISION": precision_of(x_RI.dtype),
         },
         num_warps=4,
@@ -149,7 +157,7 @@ def _scales_at(
     return scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "row_tiles"])
 def _nf4_linear(
     x_ptr: "Any",
     packed_ptr: "Any",
@@ -161,6 +169,7 @@ def _nf4_linear(
     bias_ptr: "Any",
     part_ptr: "Any",
     rows: "Any",
+    row_tiles: "Any",
     OUT: tl.constexpr,
     IN: tl.constexpr,
     TURNS: tl.constexpr,
@@ -174,8 +183,9 @@ def _nf4_linear(
     HALF: tl.constexpr = BLOCK_SIZE // 2
     kind: tl.constexpr = x_ptr.dtype.element_ty
     part = tl.program_id(1).to(tl.int64)
-    outputs = tl.program_id(0).to(tl.int64) * OUTPUTS + tl.arange(0, OUTPUTS)
-    row, halves, inputs = tl.arange(0, ROWS), tl.arange(0, HALF), tl.arange(0, BLOCK_SIZE)
+    outputs = (tl.program_id(0) // row_tiles).to(tl.int64) * OUTPUTS + tl.arange(0, OUTPUTS)
+    row = tl.program_id(0) % row_tiles * ROWS + tl.arange(0, ROWS)
+    halves, inputs = tl.arange(0, HALF), tl.arange(0, BLOCK_SIZE)
     block = part * TURNS
     packed_ptrs = packed_ptr + outputs[:, None] * (IN // 2) + (block * HALF + halves)[None, :]
     x_ptrs = x_ptr + row[:, None] * IN + (block * BLOCK_SIZE + inputs)[None, :]

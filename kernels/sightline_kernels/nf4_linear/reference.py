@@ -40,8 +40,9 @@ _LEVELS = (
 # Scales this small are divided by as if they were this large, which keeps a block of zeros finite.
 _LEAST_SCALE = 1e-38
 
-# Bytes made or read at a time: what a large weight needs beside its result stays small, and in a CPU's cache.
-_CHUNK = 2**17
+# Bytes made or read at a time: what a large weight needs beside its result stays small, and in a CPU's cache. A GPU
+# wants few launches instead.
+_CHUNK, _CHUNK_OF_GPU = 2**17, 2**23
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def quantize(weight_OI: Tensor, block_size: int = BLOCK_SIZE) -> tuple[Tensor, T
     """
     flat_N = weight_OI.reshape(-1)
     midpoints = _midpoints(levels(flat_N.device))
-    step = max(1, 2 * _CHUNK // block_size) * block_size
+    step = _blocks_at_once(flat_N, block_size) * block_size
     chunks = [_quantize_chunk(chunk_N.float(), block_size, midpoints) for chunk_N in torch.split(flat_N, step)]
     return torch.cat([packed_Q for packed_Q, _ in chunks]), torch.cat([absmax_K for _, absmax_K in chunks])
 
@@ -117,7 +118,7 @@ def dequantize(
     # Two float32 numbers move as one of 64 bits.
     pairs_P = pairs_P2.view(torch.int64).view(-1)
     absmax_K = expand_scales(scales)
-    blocks = max(1, 2 * _CHUNK // block_size)
+    blocks = _blocks_at_once(packed_Q, block_size)
     for first in range(0, absmax_K.numel(), blocks):
         start, stop = first * block_size, min(count, (first + blocks) * block_size)
         codes_Q = packed_Q[start // 2 : (stop + 1) // 2].int()
@@ -127,6 +128,10 @@ def dequantize(
         values_N[full * block_size :].mul_(absmax_K[-1])
         weight_N[start:stop].copy_(values_N)
     return weight_N.view(shape)
+
+
+def _blocks_at_once(tensor: Tensor, block_size: int) -> int:
+    return max(1, 2 * (_CHUNK if tensor.is_cpu else _CHUNK_OF_GPU) // block_size)
 
 
 def nf4_linear(

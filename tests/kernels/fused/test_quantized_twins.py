@@ -19,7 +19,7 @@ from sightline_kernels.nf4_linear import reference as nf4_reference
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(1, 5, 64), (3, 130, 192), (17, 128, 320), (64, 200, 1088), (2, 1, 4096)]
+SHAPES = [(1, 5, 64), (3, 130, 192), (17, 128, 320), (64, 200, 1088), (2, 1, 4096), (65, 70, 64), (150, 5, 1088)]
 """(rows, outputs, inputs)"""
 
 pytestmark = [
@@ -103,7 +103,7 @@ def test_scales_are_made_whole_to_the_last_bit(dtype: torch.dtype, device: str) 
     x = torch.zeros(rows, width, dtype=torch.float32, device=device)
     x[torch.arange(rows), torch.arange(0, width, 64)] = 1
     scales = compress_scales(absmax)
-    part_SRO = torch.empty(int8.split_count(130, width, nf4.OUTPUTS, 64), rows, 130, device=device)
+    part_SRO = torch.empty(int8.split_count(rows, 130, width, nf4.OUTPUTS, 64), rows, 130, device=device)
     nf4.plan(x.to(dtype), packed, scales, pairs, None, part_SRO).run()
     assert torch.equal(part_SRO.sum(0).T, nf4_reference.expand_scales(scales).view(130, 64))
     assert not torch.equal(part_SRO.sum(0).T, absmax.view(130, 64)), "compression lost nothing"
