@@ -70,10 +70,20 @@ def levels(device: torch.device) -> Tensor:
     return torch.tensor(_LEVELS, dtype=torch.float32, device=device)
 
 
-def byte_pairs(device: torch.device) -> Tensor:
-    """pairs_P2, float32: the two numbers that each byte stands for. Make it once, ``dequantize`` wants it each time."""
+@dataclass(frozen=True)
+class BytePairs:
+    """The two numbers that each byte stands for. Make it once: it is wanted each time."""
+
+    float32_P2: Tensor
+    half_2P: Tensor
+    """int32: both numbers in one word, the first in its lower half; a row in bfloat16 and one in float16."""
+
+
+def byte_pairs(device: torch.device) -> BytePairs:
     levels_16 = levels(device)
-    return torch.stack((levels_16.repeat_interleave(16), levels_16.repeat(16)), dim=1)
+    pairs_P2 = torch.stack((levels_16.repeat_interleave(16), levels_16.repeat(16)), dim=1)
+    words = [pairs_P2.to(dtype).view(torch.int32).view(-1) for dtype in (torch.bfloat16, torch.float16)]
+    return BytePairs(pairs_P2, torch.stack(words))
 
 
 def quantize(weight_OI: Tensor, block_size: int = BLOCK_SIZE) -> tuple[Tensor, Tensor]:
@@ -107,7 +117,7 @@ def _quantize_chunk(flat_N: Tensor, block_size: int, midpoints: Tensor) -> tuple
 def dequantize(
     packed_Q: Tensor,
     scales: Scales,
-    pairs_P2: Tensor,
+    pairs: BytePairs,
     shape: tuple[int, int],
     dtype: torch.dtype,
     block_size: int = BLOCK_SIZE,
@@ -116,7 +126,7 @@ def dequantize(
     count = math.prod(shape)
     weight_N = torch.empty(count, dtype=dtype, device=packed_Q.device)
     # Two float32 numbers move as one of 64 bits.
-    pairs_P = pairs_P2.view(torch.int64).view(-1)
+    pairs_P = pairs.float32_P2.view(torch.int64).view(-1)
     absmax_K = expand_scales(scales)
     blocks = _blocks_at_once(packed_Q, block_size)
     for first in range(0, absmax_K.numel(), blocks):
@@ -138,14 +148,14 @@ def nf4_linear(
     x_I: Tensor,
     packed_Q: Tensor,
     scales: Scales,
-    pairs_P2: Tensor,
+    pairs: BytePairs,
     bias_O: Tensor | None,
     out_features: int,
     block_size: int = BLOCK_SIZE,
 ) -> Tensor:
     """Return ``x @ weight.T + bias`` over the last axis of ``x``, the weight dequantized to the dtype of ``x``."""
     shape = (out_features, x_I.shape[-1])
-    return F.linear(x_I, dequantize(packed_Q, scales, pairs_P2, shape, x_I.dtype, block_size), bias_O)
+    return F.linear(x_I, dequantize(packed_Q, scales, pairs, shape, x_I.dtype, block_size), bias_O)
 
 
 def expand_scales(scales: Scales) -> Tensor:
