@@ -75,6 +75,7 @@ def plan(
     parts, rows, out_features = part_SRO.shape
     in_features = x_RI.shape[1]
     weight, group = _arguments(packed_Q, scales, pairs, x_RI.dtype)
+    tile = max(LEAST_ROWS, min(TILE_ROWS, block_of(rows)))
     return Launch(
         _nf4_linear,
         (row_tiles(rows) * -(-out_features // OUTPUTS), parts),
@@ -84,10 +85,11 @@ def plan(
         },
         {
             "OUT": out_features, "IN": in_features, "TURNS": -(-in_features // (BLOCK_SIZE * parts)),
-            "BIASED": bias_O is not None, "ROWS": max(LEAST_ROWS, min(TILE_ROWS, block_of(rows))), "OUTPUTS": OUTPUTS,
+            "BIASED": bias_O is not None, "ROWS": tile, "OUTPUTS": OUTPUTS,
             "BLOCK_SIZE": BLOCK_SIZE, "GROUP": group, "PRECISION": precision_of(x_RI.dtype),
         },
-        num_warps=4,
+        # Of the most rows, fewer warps spill registers on sm_120.
+        num_warps=8 if tile == TILE_ROWS else 4,
         num_stages=4,
     )  # fmt: skip
 
