@@ -73,6 +73,7 @@ def host_ms(step: DecodeStep, device: str, repeats: int) -> float:
     return round(spent * 1000 / repeats, 4)
 
 
+@torch.inference_mode()
 def capture_call(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
     """``call`` as a CUDA graph, its kernels built before. Raises RuntimeError when something can't be captured."""
     stream = torch.cuda.Stream()

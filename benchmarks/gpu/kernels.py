@@ -104,13 +104,13 @@ def trials(rows: int, kv_heads: int, dtype: torch.dtype, device: str) -> list[Tr
     weight_OI = noise(HIDDEN, HIDDEN) / HIDDEN**0.5
     codes_OI, absmax_O = int8.quantize(weight_OI)
     packed_Q, absmax_K = nf4.quantize(weight_OI)
-    pairs_P2 = nf4.byte_pairs(weight_OI.device)
+    pairs = nf4.byte_pairs(weight_OI.device)
 
     def int8_linear(kernels: Kernels, kind: torch.dtype) -> tuple[Tensor, ...]:
         return (kernels.int8_linear(x_TD.to(kind), codes_OI, absmax_O, None),)
 
     def nf4_linear(kernels: Kernels, kind: torch.dtype) -> tuple[Tensor, ...]:
-        return (kernels.nf4_linear(x_TD.to(kind), packed_Q, absmax_K, pairs_P2, None, HIDDEN),)
+        return (kernels.nf4_linear(x_TD.to(kind), packed_Q, absmax_K, pairs, None, HIDDEN),)
 
     sampled = sampling_inputs(min(rows, 64), device)
 

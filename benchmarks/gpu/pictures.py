@@ -206,7 +206,7 @@ def ask(
                 return tuple(tokens), event.usage.cached_tokens, first
 
 
-def measure_burst(stage: Stage, model: Vlm, name: str, mixed_tokens: int) -> None:
+def measure_burst(stage: Stage, model: Vlm, name: str, mixed_step_tokens: int) -> None:
     """Gaps between the tokens of streams that decode while pictures come in, all at once."""
     free_up()
     streams, burst = (STREAMS, BURST) if stage.on_gpu else (2, 2)
@@ -214,7 +214,7 @@ def measure_burst(stage: Stage, model: Vlm, name: str, mixed_tokens: int) -> Non
     album = Album(model)
     context = 640
     # Those whose prompts are computed first decode while the others' are.
-    answer_len = timed + streams * context // mixed_tokens + 4 * SLACK
+    answer_len = timed + streams * context // mixed_step_tokens + 4 * SLACK
     engine = make_engine(
         model,
         device=stage.device,
@@ -222,7 +222,7 @@ def measure_burst(stage: Stage, model: Vlm, name: str, mixed_tokens: int) -> Non
         streams=streams + burst,
         max_len=max(context + answer_len, model.config.num_image_tokens + LEAD + QUESTION + ANSWER) + 1,
         encoder_cache_bytes=ENCODER_CACHE_BYTES,
-        mixed_tokens=mixed_tokens,
+        mixed_step_tokens=mixed_step_tokens,
     )
     # Once before, small, so that no kernel is built while it counts.
     ask(engine, album, stage.device, "warm-up", album.prompt(album.new_picture(), random_ids(model, QUESTION, seed=1)))
@@ -255,10 +255,15 @@ def measure_burst(stage: Stage, model: Vlm, name: str, mixed_tokens: int) -> Non
                 last_first_token = now
         assert engine.has_work, "the streams ended before the burst was measured"
     told = summarize_gaps(list(arrivals.values()), burst_at, last_first_token)
-    told |= {"streams": streams, "pictures": burst, "mixed_tokens": mixed_tokens, "pictures_unanswered": len(waiting)}
+    told |= {
+        "streams": streams,
+        "pictures": burst,
+        "mixed_step_tokens": mixed_step_tokens,
+        "pictures_unanswered": len(waiting),
+    }
     stage.save(**{name: told})
     stage.say(
-        f"{burst} pictures into {streams} streams, {mixed_tokens} tokens of prompts a mixed step: gaps p50 "
+        f"{burst} pictures into {streams} streams, {mixed_step_tokens} tokens of prompts a mixed step: gaps p50 "
         f"{told['p50_ms']:.1f} ms, p99 {told['p99_ms']:.1f} ({told['p99_over_p50']:.2f}x), longest "
         f"{told['max_ms']:.1f}; all answered after {told['burst_ms']:.0f} ms"
     )

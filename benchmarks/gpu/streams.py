@@ -58,7 +58,7 @@ def make_engine(
     fast: bool = True,
     deterministic: bool = False,
     encoder_cache_bytes: int = 0,
-    mixed_tokens: int = STEP_TOKENS,
+    mixed_step_tokens: int = STEP_TOKENS,
 ) -> Engine:
     """An idle engine with a cache for ``streams`` sequences of ``max_len``.
 
@@ -71,7 +71,7 @@ def make_engine(
         block_size=BLOCK_SIZE,
         max_model_len=longest,
         max_step_tokens=STEP_TOKENS,
-        max_mixed_tokens=mixed_tokens,
+        mixed_step_tokens=mixed_step_tokens,
         max_running=streams,
         max_queue=streams,
         encoder_cache_bytes=encoder_cache_bytes,

@@ -207,7 +207,7 @@ def _burst(folder: Folder) -> Figure:
     note = f"p50 {told['p50_ms']:.1f} ms, p99 {told['p99_ms']:.1f} ms, all answered after {told['burst_ms']:.0f} ms"
     if (whole := folder.stage("pictures").get("burst_whole_steps")) is not None:
         ratio, spent = whole["p99_over_p50"], whole["burst_ms"]
-        note += f"; with --mixed-step-tokens {whole['mixed_tokens']} {ratio:.2f}x and {spent:.0f} ms"
+        note += f"; with --mixed-step-tokens {whole['mixed_step_tokens']} {ratio:.2f}x and {spent:.0f} ms"
     return Figure(told["p99_over_p50"], note)
 
 

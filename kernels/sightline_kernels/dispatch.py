@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sightline_kernels.int8_linear.reference import int8_linear
 from sightline_kernels.layout import PagedLayout
-from sightline_kernels.nf4_linear.reference import Scales, nf4_linear
+from sightline_kernels.nf4_linear.reference import BytePairs, Scales, nf4_linear
 from sightline_kernels.paged_attention.reference import paged_attention
 from sightline_kernels.quick_gelu.reference import quick_gelu
 from sightline_kernels.rms_norm.reference import add_rms_norm
@@ -64,7 +64,7 @@ class Kernels:
     rotary_store_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     paged_attention: Callable[[Tensor, Tensor, Tensor, PagedLayout, float], Tensor]
     int8_linear: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-    nf4_linear: Callable[[Tensor, Tensor, Scales, Tensor, Tensor | None, int], Tensor]
+    nf4_linear: Callable[[Tensor, Tensor, Scales, BytePairs, Tensor | None, int], Tensor]
     """Of blocks of 64; others are the reference's."""
     sample: Sample
     quick_gelu: Callable[[Tensor], Tensor]

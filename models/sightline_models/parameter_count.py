@@ -23,8 +23,8 @@ _NF4_GROUP = 256
 """Scales that share two float32 numbers of their own, where they are compressed to eight bits."""
 _NF4_MAP_BYTES = 256 * 4
 """What each eight bits of a scale stand for, kept by every layer of compressed scales."""
-_NF4_TABLE_BYTES = 256 * 2 * 4
-"""What each byte of two numbers stands for, kept by every NF4 layer."""
+_NF4_TABLE_BYTES = 256 * (2 * 4 + 2 * 4)
+"""What each byte of two numbers stands for, in float32 and in two half precisions, kept by every NF4 layer."""
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,8 @@ class Nf4Linear(nn.Module):
     """Stands where a ``Linear`` stands; NF4 in memory, multiplied in the dtype of its input."""
 
     packed_Q: Tensor
-    pairs_P2: Tensor
+    float32_P2: Tensor
+    half_2P: Tensor
     absmax_K: Tensor
     """Where scales are in float32; where they are compressed, these four and ``group``."""
     codes_K: Tensor
@@ -98,7 +99,9 @@ class Nf4Linear(nn.Module):
             self.register_buffer("offset_C", scales.offset_C)
         else:
             self.register_buffer("absmax_K", scales)
-        self.register_buffer("pairs_P2", nf4.byte_pairs(weight.packed_Q.device), persistent=False)
+        pairs = nf4.byte_pairs(weight.packed_Q.device)
+        self.register_buffer("float32_P2", pairs.float32_P2, persistent=False)
+        self.register_buffer("half_2P", pairs.half_2P, persistent=False)
         self.bias = bias
 
     @property
@@ -108,7 +111,7 @@ class Nf4Linear(nn.Module):
         return nf4.CompressedScales(self.codes_K, self.map_P, self.absmax_C, self.offset_C, self.group)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.packed_Q, self.scales, self.pairs_P2
+        weight = self.packed_Q, self.scales, nf4.BytePairs(self.float32_P2, self.half_2P)
         if self.block_size != nf4.BLOCK_SIZE:
             return nf4.nf4_linear(x, *weight, self.bias, self.out_features, self.block_size)
         return self.kernels.nf4_linear(x, *weight, self.bias, self.out_features)

@@ -44,6 +44,11 @@ class Vlm(nn.Module):
             if isinstance(module, Linear | Int8Linear):
                 module.pack()
 
+    @property
+    def num_bytes(self) -> int:
+        """What weights, tables and constants take."""
+        return sum(tensor.nbytes for tensor in (*self.parameters(), *self.buffers()))
+
     def encode_images(self, pixels_NYXC: Tensor) -> Tensor:
         """Turn uint8 pixels of the tower's image size into decoder rows [N, num_image_tokens, D]."""
         normalized_NYXC = pixels_NYXC.float().mul_(self.normalization.rescale_factor)

@@ -33,6 +33,7 @@ _COUNTERS = (
     ("sightline_images_encoded", "images_encoded_total", "Images run through the vision tower."),
     ("sightline_preemptions", "preemptions_total", "Requests put back because the cache was full."),
     ("sightline_engine_steps", "steps_total", "Steps the engine has taken."),
+    ("sightline_graph_steps", "graph_steps_total", "Decode steps replayed from a graph."),
 )
 
 

@@ -1,5 +1,6 @@
 """`--gpu-memory`, shown without a GPU: what is told to torch, what is left for the cache, and the sentences."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -94,6 +95,14 @@ def test_blocks_are_counted_under_the_limit(tiny: Vlm, monkeypatch: pytest.Monke
     a_block = KvPool.bytes_per_block(tiny.config.decoder, block_size=4, dtype=torch.float32)
     left = GIB - gpu_memory.slack(GIB) - 600 * MIB - 100 * MIB - LIMITS.encoder_cache_bytes
     assert blocks == left // a_block - 1
+    images = sizing.max_images_per_step(tiny.config, LIMITS.max_step_tokens)
+    recorded = sizing.count_blocks(tiny, settings, CUDA, torch.float32, replace(LIMITS, graphs=True))
+    assert (
+        recorded
+        == (left - gpu_memory.bytes_of_recordings(tiny.config, max_running=16, max_images=images, decodes=False))
+        // a_block
+        - 1
+    )
     assert settings.gpu_memory_utilization * 80 * GIB > 2 * GIB, "the share, which is unused, would give far more"
 
 

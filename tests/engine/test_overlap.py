@@ -208,6 +208,19 @@ def test_a_decode_beside_a_prompt_is_no_step_for_a_recording(recordable: Vlm) ->
     assert len(answers["a"].token_ids) == 6, "the running answer got a token a step while the other prompt was read"
 
 
+def test_a_prompts_last_token_may_be_a_pictures(tiny: Vlm, recordable: Vlm) -> None:
+    """Read alone, it looks like a decode, and a recording knows no pictures."""
+    album = Album()
+    prompt = make_prompt(tiny, album, [5, picture(tiny.config.vision.image_size, 1)])
+    request = make_request("a", prompt, max_tokens=6)
+    alone = {"max_step_tokens": len(prompt.token_ids) - 1}
+    expected = told(run(make_engine(tiny), [request], album))
+    assert told(run(make_engine(tiny, **alone), [request], album)) == expected
+    engine = make_engine(recordable, **alone, **RECORDED)
+    assert told(run(engine, [request], album)) == expected
+    assert engine.stats().graph_steps_total == 5
+
+
 def test_deterministic_bytes_do_not_depend_on_being_late(tiny: Vlm) -> None:
     album = Album()
     requests = requests_of(tiny, album, 6, logprobs=True)

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from sightline_kernels.sample.reference import sample
 from sightline_server.engine.sampler import Sampled, choose_tokens
 from sightline_server.engine.types import Prompt, Request, SamplingParams, Sequence
 
@@ -29,7 +30,7 @@ def choose(row: torch.Tensor, sequence: Sequence) -> Sampled:
 
 
 def choose_all(rows: torch.Tensor, sequences: list[Sequence]) -> list[Sampled]:
-    drawn = choose_tokens(rows, sequences)
+    drawn = choose_tokens(rows, sequences, sample)
     return drawn.read(drawn.tensors)
 
 

@@ -81,7 +81,7 @@ def test_decodes_stand_first_and_prompts_fill_the_budget() -> None:
 
 
 def test_prompts_beside_answers_are_read_in_smaller_pieces() -> None:
-    house = House(budget=20, max_mixed_tokens=6)
+    house = House(budget=20, mixed_step_tokens=6)
     house.add("a", 18)
     assert shape(house.step()) == [("a", 0, 18)]
     house.add("b", 9)

@@ -120,7 +120,7 @@ def gpu_results() -> dict[str, Any]:
                 "p99_over_p50": 2.0,
                 "burst_ms": 400.0,
             },
-            "burst_whole_steps": {"mixed_tokens": 2048, "p99_over_p50": 6.0, "burst_ms": 300.0},
+            "burst_whole_steps": {"mixed_step_tokens": 2048, "p99_over_p50": 6.0, "burst_ms": 300.0},
         },
         "peer-eager": {
             "generate": [

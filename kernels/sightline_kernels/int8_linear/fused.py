@@ -17,10 +17,10 @@ from torch import Tensor
 
 from sightline_kernels.launch import Launch, block_of
 
-MOST_ROWS = 64
+MOST_ROWS = 192
 """More rows of input than this are bound by arithmetic: one pass that dequantizes, then the library's product."""
-LEAST_ROWS = 16
-"""A matrix instruction takes no fewer."""
+LEAST_ROWS, TILE_ROWS = 16, 64
+"""Rows of one program: a matrix instruction takes no fewer, and of more the sums would not stay in registers."""
 OUTPUTS, INPUTS = 64, 128
 """The weights of one program and turn."""
 PROGRAMS = 264
@@ -47,7 +47,7 @@ def int8_linear(x_I: Tensor, codes_OI: Tensor, absmax_O: Tensor, bias_O: Tensor 
         return F.linear(x_I, weight_OI, bias_O)
     out_features, in_features = codes_OI.shape
     y_RO = torch.empty(x_RI.shape[0], out_features, dtype=x_I.dtype, device=x_I.device)
-    parts = split_count(out_features, in_features, OUTPUTS, INPUTS)
+    parts = split_count(x_RI.shape[0], out_features, in_features, OUTPUTS, INPUTS)
     if parts == 1:
         plan(x_RI, codes_OI, absmax_O, bias_O, y_RO[None]).run()
     else:
@@ -57,10 +57,15 @@ def int8_linear(x_I: Tensor, codes_OI: Tensor, absmax_O: Tensor, bias_O: Tensor 
     return y_RO.view(*x_I.shape[:-1], out_features)
 
 
-def split_count(out_features: int, in_features: int, outputs: int, inputs: int) -> int:
+def split_count(rows: int, out_features: int, in_features: int, outputs: int, inputs: int) -> int:
     """How many programs, of ``outputs`` x ``inputs`` a turn, share an input width: a matter of shapes alone."""
-    tiles = -(-out_features // outputs)
+    tiles = max(1, row_tiles(rows)) * -(-out_features // outputs)
     return max(1, min(-(-PROGRAMS // tiles), in_features // (2 * inputs)))
+
+
+def row_tiles(rows: int) -> int:
+    """Programs that share a tile of weights, one after another: all but the first find it in a cache."""
+    return -(-rows // TILE_ROWS)
 
 
 def plan(x_RI: Tensor, codes_OI: Tensor, absmax_O: Tensor, bias_O: Tensor | None, part_SRO: Tensor) -> Launch:
@@ -70,16 +75,17 @@ def plan(x_RI: Tensor, codes_OI: Tensor, absmax_O: Tensor, bias_O: Tensor | None
     turns = -(-in_features // (INPUTS * parts))
     return Launch(
         _int8_linear,
-        (-(-out_features // OUTPUTS) if rows else 0, parts),
+        (row_tiles(rows) * -(-out_features // OUTPUTS), parts),
         {
             "x_ptr": x_RI.contiguous(), "codes_ptr": codes_OI, "absmax_ptr": absmax_O,
             # What isn't read needs an address all the same.
             "bias_ptr": absmax_O if bias_O is None else bias_O, "part_ptr": part_SRO, "rows": rows,
+            "row_tiles": row_tiles(rows),
         },
         {
             "OUT": out_features, "IN": in_features, "TURNS": turns, "BIASED": bias_O is not None,
             # Compiled for 32 rows and sm_120, registers spill.
-            "ROWS": LEAST_ROWS if rows <= LEAST_ROWS else MOST_ROWS,
+            "ROWS": LEAST_ROWS if rows <= LEAST_ROWS else TILE_ROWS,
             "OUTPUTS": OUTPUTS, "INPUTS": INPUTS, "PRECISION": precision_of(x_RI.dtype),
         },
         num_warps=4,
@@ -118,7 +124,7 @@ def precision_of(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "row_tiles"])
 def _int8_linear(
     x_ptr: "Any",
     codes_ptr: "Any",
@@ -126,6 +132,7 @@ def _int8_linear(
     bias_ptr: "Any",
     part_ptr: "Any",
     rows: "Any",
+    row_tiles: "Any",
     OUT: tl.constexpr,
     IN: tl.constexpr,
     TURNS: tl.constexpr,
@@ -136,8 +143,8 @@ def _int8_linear(
     PRECISION: tl.constexpr,
 ) -> None:
     part = tl.program_id(1).to(tl.int64)
-    outputs = tl.program_id(0).to(tl.int64) * OUTPUTS + tl.arange(0, OUTPUTS)
-    row = tl.arange(0, ROWS)
+    outputs = (tl.program_id(0) // row_tiles).to(tl.int64) * OUTPUTS + tl.arange(0, OUTPUTS)
+    row = tl.program_id(0) % row_tiles * ROWS + tl.arange(0, ROWS)
     first = part * TURNS * INPUTS
     inputs = tl.arange(0, INPUTS)
     codes_ptrs = codes_ptr + outputs[:, None] * IN + (first + inputs)[None, :]
@@ -171,7 +178,7 @@ def _dequantize(codes_ptr: "Any", absmax_ptr: "Any", weight_ptr: "Any", IN: tl.c
     tl.store(weight_ptr + row * IN + inputs, weight.to(weight_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _sum_parts(
     part_ptr: "Any",
     bias_ptr: "Any",

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Numbers made or read at a time: what a large weight needs beside its result stays small, and in a CPU's cache.
-_CHUNK = 2**18
+# Numbers made or read at a time: what a large weight needs beside its result stays small, and in a CPU's cache. A GPU
+# wants few launches instead.
+_CHUNK, _CHUNK_OF_GPU = 2**18, 2**24
 
 
 def quantize(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
@@ -18,7 +19,7 @@ def quantize(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
 
     ``weight_OI`` is float32, float16 or bfloat16; the arithmetic is float32's. A row of zeros has absmax 0.
     """
-    rows = max(1, _CHUNK // weight_OI.shape[1])
+    rows = _rows_at_once(weight_OI)
     chunks = [_quantize_chunk(chunk_RI) for chunk_RI in torch.split(weight_OI, rows)]
     return torch.cat([codes_RI for codes_RI, _ in chunks]), torch.cat([absmax_R for _, absmax_R in chunks])
 
@@ -34,12 +35,16 @@ def dequantize(codes_OI: Tensor, absmax_O: Tensor, dtype: torch.dtype) -> Tensor
     """Return weight_OI in ``dtype``: ``codes * absmax / 127``, computed in float32 and rounded once."""
     weight_OI = torch.empty(codes_OI.shape, dtype=dtype, device=codes_OI.device)
     scale_O1 = (absmax_O / 127.0)[:, None]
-    rows = max(1, _CHUNK // codes_OI.shape[1])
+    rows = _rows_at_once(codes_OI)
     for chunk_RI, codes_RI, scale_R1 in zip(
         torch.split(weight_OI, rows), torch.split(codes_OI, rows), torch.split(scale_O1, rows), strict=True
     ):
         chunk_RI.copy_(codes_RI.float().mul_(scale_R1))
     return weight_OI
+
+
+def _rows_at_once(numbers_OI: Tensor) -> int:
+    return max(1, (_CHUNK if numbers_OI.is_cpu else _CHUNK_OF_GPU) // numbers_OI.shape[1])
 
 
 def int8_linear(x_I: Tensor, codes_OI: Tensor, absmax_O: Tensor, bias_O: Tensor | None) -> Tensor:

@@ -17,9 +17,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sightline_kernels.int8_linear.fused import LEAST_ROWS, MOST_ROWS, plan_sum, precision_of, split_count
+from sightline_kernels.int8_linear.fused import (
+    LEAST_ROWS,
+    MOST_ROWS,
+    TILE_ROWS,
+    plan_sum,
+    precision_of,
+    row_tiles,
+    split_count,
+)
 from sightline_kernels.launch import Launch, block_of
-from sightline_kernels.nf4_linear.reference import BLOCK_SIZE, CompressedScales, Scales
+from sightline_kernels.nf4_linear.reference import BLOCK_SIZE, BytePairs, CompressedScales, Scales
 
 OUTPUTS = 128
 """Outputs of one program."""
@@ -38,7 +46,7 @@ def nf4_linear(
     x_I: Tensor,
     packed_Q: Tensor,
     scales: Scales,
-    pairs_P2: Tensor,
+    pairs: BytePairs,
     bias_O: Tensor | None,
     out_features: int,
 ) -> Tensor:
@@ -47,47 +55,49 @@ def nf4_linear(
     x_RI = x_I.reshape(-1, in_features)
     if x_RI.shape[0] > MOST_ROWS:
         weight_OI = torch.empty(out_features, in_features, dtype=x_I.dtype, device=x_I.device)
-        plan_dequantize(packed_Q, scales, pairs_P2, weight_OI).run()
+        plan_dequantize(packed_Q, scales, pairs, weight_OI).run()
         return F.linear(x_I, weight_OI, bias_O)
     y_RO = torch.empty(x_RI.shape[0], out_features, dtype=x_I.dtype, device=x_I.device)
-    parts = split_count(out_features, in_features, OUTPUTS, BLOCK_SIZE)
+    parts = split_count(x_RI.shape[0], out_features, in_features, OUTPUTS, BLOCK_SIZE)
     if parts == 1:
-        plan(x_RI, packed_Q, scales, pairs_P2, bias_O, y_RO[None]).run()
+        plan(x_RI, packed_Q, scales, pairs, bias_O, y_RO[None]).run()
     else:
         part_SRO = torch.empty(parts, *y_RO.shape, dtype=torch.float32, device=x_I.device)
-        plan(x_RI, packed_Q, scales, pairs_P2, None, part_SRO).run()
+        plan(x_RI, packed_Q, scales, pairs, None, part_SRO).run()
         plan_sum(part_SRO, bias_O, y_RO).run()
     return y_RO.view(*x_I.shape[:-1], out_features)
 
 
 def plan(
-    x_RI: Tensor, packed_Q: Tensor, scales: Scales, pairs_P2: Tensor, bias_O: Tensor | None, part_SRO: Tensor
+    x_RI: Tensor, packed_Q: Tensor, scales: Scales, pairs: BytePairs, bias_O: Tensor | None, part_SRO: Tensor
 ) -> Launch:
     """The launch that fills ``part_SRO``, whose sum over S is the product; a bias is added to each part."""
     parts, rows, out_features = part_SRO.shape
     in_features = x_RI.shape[1]
-    weight, group = _arguments(packed_Q, scales, pairs_P2)
+    weight, group = _arguments(packed_Q, scales, pairs, x_RI.dtype)
+    tile = max(LEAST_ROWS, min(TILE_ROWS, block_of(rows)))
     return Launch(
         _nf4_linear,
-        (-(-out_features // OUTPUTS) if rows else 0, parts),
+        (row_tiles(rows) * -(-out_features // OUTPUTS), parts),
         {
             "x_ptr": x_RI.contiguous(), **weight, "bias_ptr": weight["absmax_ptr"] if bias_O is None else bias_O,
-            "part_ptr": part_SRO, "rows": rows,
+            "part_ptr": part_SRO, "rows": rows, "row_tiles": row_tiles(rows),
         },
         {
             "OUT": out_features, "IN": in_features, "TURNS": -(-in_features // (BLOCK_SIZE * parts)),
-            "BIASED": bias_O is not None, "ROWS": max(LEAST_ROWS, block_of(rows)), "OUTPUTS": OUTPUTS,
+            "BIASED": bias_O is not None, "ROWS": tile, "OUTPUTS": OUTPUTS,
             "BLOCK_SIZE": BLOCK_SIZE, "GROUP": group, "PRECISION": precision_of(x_RI.dtype),
         },
-        num_warps=4,
+        # Of the most rows, fewer warps spill registers on sm_120.
+        num_warps=8 if tile == TILE_ROWS else 4,
         num_stages=4,
     )  # fmt: skip
 
 
-def plan_dequantize(packed_Q: Tensor, scales: Scales, pairs_P2: Tensor, weight_OI: Tensor) -> Launch:
+def plan_dequantize(packed_Q: Tensor, scales: Scales, pairs: BytePairs, weight_OI: Tensor) -> Launch:
     """The launch that fills ``weight_OI`` as ``reference.dequantize`` would, in one pass."""
     blocks = weight_OI.numel() // BLOCK_SIZE
-    weight, group = _arguments(packed_Q, scales, pairs_P2)
+    weight, group = _arguments(packed_Q, scales, pairs, torch.float32)
     return Launch(
         _dequantize,
         (-(-blocks // DEQUANTIZED),),
@@ -97,8 +107,16 @@ def plan_dequantize(packed_Q: Tensor, scales: Scales, pairs_P2: Tensor, weight_O
     )
 
 
-def _arguments(packed_Q: Tensor, scales: Scales, pairs_P2: Tensor) -> tuple[dict[str, Tensor], int]:
-    """What the kernels take of a weight, and how many compressed scales make a group, 0 for float32 ones."""
+def _arguments(packed_Q: Tensor, scales: Scales, pairs: BytePairs, dtype: torch.dtype) -> tuple[dict[str, Tensor], int]:
+    """What the kernels take of a weight, and how many compressed scales make a group, 0 for float32 ones.
+
+    The numbers that bytes stand for are taken in ``dtype``: in half of it, their table is half as large.
+    """
+    if dtype == torch.float32:
+        # Two float32 numbers move as one of 64 bits.
+        pairs_P = pairs.float32_P2.view(torch.int64).view(-1)
+    else:
+        pairs_P = pairs.half_2P[0 if dtype == torch.bfloat16 else 1]
     if isinstance(scales, CompressedScales):
         absmax, codes_K, map_P, offset_C = scales.absmax_C, scales.codes_K, scales.map_P, scales.offset_C
         group = scales.group
@@ -112,17 +130,20 @@ def _arguments(packed_Q: Tensor, scales: Scales, pairs_P2: Tensor) -> tuple[dict
         "codes_ptr": codes_K,
         "map_ptr": map_P,
         "offset_ptr": offset_C,
-        # Two float32 numbers move as one of 64 bits.
-        "pairs_ptr": pairs_P2.view(torch.int64).view(-1),
+        "pairs_ptr": pairs_P,
     }, group
 
 
 @triton.jit
-def _pairs_of(pairs_ptr: "Any", bytes: "Any") -> "Any":
-    """The two numbers that each byte stands for, float32."""
+def _pairs_of(pairs_ptr: "Any", bytes: "Any", KIND: tl.constexpr) -> "Any":
+    """The two numbers that each byte stands for, in the dtype KIND of the table."""
     pair = tl.load(pairs_ptr + bytes.to(tl.int32))
-    first = (pair & 0xFFFFFFFF).to(tl.uint32).to(tl.float32, bitcast=True)
-    second = (pair >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
+    if pairs_ptr.dtype.element_ty == tl.int64:
+        first = (pair & 0xFFFFFFFF).to(tl.uint32).to(KIND, bitcast=True)
+        second = (pair >> 32).to(tl.uint32).to(KIND, bitcast=True)
+    else:
+        first = (pair & 0xFFFF).to(tl.uint16).to(KIND, bitcast=True)
+        second = (pair >> 16).to(tl.uint16).to(KIND, bitcast=True)
     return first, second
 
 
@@ -149,7 +170,7 @@ def _scales_at(
     return scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "row_tiles"])
 def _nf4_linear(
     x_ptr: "Any",
     packed_ptr: "Any",
@@ -161,6 +182,7 @@ def _nf4_linear(
     bias_ptr: "Any",
     part_ptr: "Any",
     rows: "Any",
+    row_tiles: "Any",
     OUT: tl.constexpr,
     IN: tl.constexpr,
     TURNS: tl.constexpr,
@@ -174,8 +196,9 @@ def _nf4_linear(
     HALF: tl.constexpr = BLOCK_SIZE // 2
     kind: tl.constexpr = x_ptr.dtype.element_ty
     part = tl.program_id(1).to(tl.int64)
-    outputs = tl.program_id(0).to(tl.int64) * OUTPUTS + tl.arange(0, OUTPUTS)
-    row, halves, inputs = tl.arange(0, ROWS), tl.arange(0, HALF), tl.arange(0, BLOCK_SIZE)
+    outputs = (tl.program_id(0) // row_tiles).to(tl.int64) * OUTPUTS + tl.arange(0, OUTPUTS)
+    row = tl.program_id(0) % row_tiles * ROWS + tl.arange(0, ROWS)
+    halves, inputs = tl.arange(0, HALF), tl.arange(0, BLOCK_SIZE)
     block = part * TURNS
     packed_ptrs = packed_ptr + outputs[:, None] * (IN // 2) + (block * HALF + halves)[None, :]
     x_ptrs = x_ptr + row[:, None] * IN + (block * BLOCK_SIZE + inputs)[None, :]
@@ -186,8 +209,7 @@ def _nf4_linear(
         bytes = tl.load(packed_ptrs, mask=(outputs < OUT)[:, None] & (halves < left)[None, :], other=0)
         x = tl.load(x_ptrs, mask=(row < rows)[:, None] & (inputs < left)[None, :], other=0.0)
         even, odd = tl.split(tl.reshape(x, (ROWS, HALF, 2)))
-        first, second = _pairs_of(pairs_ptr, bytes)
-        first, second = first.to(kind), second.to(kind)
+        first, second = _pairs_of(pairs_ptr, bytes, kind)
         block_sums = tl.dot(first, tl.trans(even), input_precision=PRECISION)
         block_sums = tl.dot(second, tl.trans(odd), block_sums, input_precision=PRECISION)
         # Past the last block sums are zero, and any scale will do.
@@ -222,7 +244,7 @@ def _dequantize(
     halves, numbers = tl.arange(0, HALF), tl.arange(0, BLOCK_SIZE)
     live = block < blocks
     bytes = tl.load(packed_ptr + block[:, None] * HALF + halves[None, :], mask=live[:, None], other=0)
-    first, second = _pairs_of(pairs_ptr, bytes)
+    first, second = _pairs_of(pairs_ptr, bytes, tl.float32)
     scale = _scales_at(absmax_ptr, codes_ptr, map_ptr, offset_ptr, block, live, GROUP)
     weight = tl.reshape(tl.join(first, second), (BLOCKS, BLOCK_SIZE)) * scale[:, None]
     weight_ptrs = weight_ptr + block[:, None] * BLOCK_SIZE + numbers[None, :]

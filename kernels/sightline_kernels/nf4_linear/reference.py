@@ -17,9 +17,6 @@ from torch import Tensor
 BLOCK_SIZE = 64
 """Numbers that share a scale where nobody asks for another count."""
 
-SCALE_GROUP = 256
-"""Scales that share a scale of their own once they are compressed."""
-
 # Quantiles of a normal distribution, as the paper gives them: exact zero, and both ends.
 _LEVELS = (
     -1.0,
@@ -43,11 +40,9 @@ _LEVELS = (
 # Scales this small are divided by as if they were this large, which keeps a block of zeros finite.
 _LEAST_SCALE = 1e-38
 
-# Bytes made or read at a time: what a large weight needs beside its result stays small, and in a CPU's cache.
-_CHUNK = 2**17
-
-# bitsandbytes compresses scales by a table of this many places between -1 and 1.
-_PLACES = 65535
+# Bytes made or read at a time: what a large weight needs beside its result stays small, and in a CPU's cache. A GPU
+# wants few launches instead.
+_CHUNK, _CHUNK_OF_GPU = 2**17, 2**23
 
 
 @dataclass(frozen=True)
@@ -75,10 +70,20 @@ def levels(device: torch.device) -> Tensor:
     return torch.tensor(_LEVELS, dtype=torch.float32, device=device)
 
 
-def byte_pairs(device: torch.device) -> Tensor:
-    """pairs_P2, float32: the two numbers that each byte stands for. Make it once, ``dequantize`` wants it each time."""
+@dataclass(frozen=True)
+class BytePairs:
+    """The two numbers that each byte stands for. Make it once: it is wanted each time."""
+
+    float32_P2: Tensor
+    half_2P: Tensor
+    """int32: both numbers in one word, the first in its lower half; a row in bfloat16 and one in float16."""
+
+
+def byte_pairs(device: torch.device) -> BytePairs:
     levels_16 = levels(device)
-    return torch.stack((levels_16.repeat_interleave(16), levels_16.repeat(16)), dim=1)
+    pairs_P2 = torch.stack((levels_16.repeat_interleave(16), levels_16.repeat(16)), dim=1)
+    words = [pairs_P2.to(dtype).view(torch.int32).view(-1) for dtype in (torch.bfloat16, torch.float16)]
+    return BytePairs(pairs_P2, torch.stack(words))
 
 
 def quantize(weight_OI: Tensor, block_size: int = BLOCK_SIZE) -> tuple[Tensor, Tensor]:
@@ -89,7 +94,7 @@ def quantize(weight_OI: Tensor, block_size: int = BLOCK_SIZE) -> tuple[Tensor, T
     """
     flat_N = weight_OI.reshape(-1)
     midpoints = _midpoints(levels(flat_N.device))
-    step = max(1, 2 * _CHUNK // block_size) * block_size
+    step = _blocks_at_once(flat_N, block_size) * block_size
     chunks = [_quantize_chunk(chunk_N.float(), block_size, midpoints) for chunk_N in torch.split(flat_N, step)]
     return torch.cat([packed_Q for packed_Q, _ in chunks]), torch.cat([absmax_K for _, absmax_K in chunks])
 
@@ -112,7 +117,7 @@ def _quantize_chunk(flat_N: Tensor, block_size: int, midpoints: Tensor) -> tuple
 def dequantize(
     packed_Q: Tensor,
     scales: Scales,
-    pairs_P2: Tensor,
+    pairs: BytePairs,
     shape: tuple[int, int],
     dtype: torch.dtype,
     block_size: int = BLOCK_SIZE,
@@ -121,9 +126,9 @@ def dequantize(
     count = math.prod(shape)
     weight_N = torch.empty(count, dtype=dtype, device=packed_Q.device)
     # Two float32 numbers move as one of 64 bits.
-    pairs_P = pairs_P2.view(torch.int64).view(-1)
+    pairs_P = pairs.float32_P2.view(torch.int64).view(-1)
     absmax_K = expand_scales(scales)
-    blocks = max(1, 2 * _CHUNK // block_size)
+    blocks = _blocks_at_once(packed_Q, block_size)
     for first in range(0, absmax_K.numel(), blocks):
         start, stop = first * block_size, min(count, (first + blocks) * block_size)
         codes_Q = packed_Q[start // 2 : (stop + 1) // 2].int()
@@ -135,45 +140,22 @@ def dequantize(
     return weight_N.view(shape)
 
 
+def _blocks_at_once(tensor: Tensor, block_size: int) -> int:
+    return max(1, 2 * (_CHUNK if tensor.is_cpu else _CHUNK_OF_GPU) // block_size)
+
+
 def nf4_linear(
     x_I: Tensor,
     packed_Q: Tensor,
     scales: Scales,
-    pairs_P2: Tensor,
+    pairs: BytePairs,
     bias_O: Tensor | None,
     out_features: int,
     block_size: int = BLOCK_SIZE,
 ) -> Tensor:
     """Return ``x @ weight.T + bias`` over the last axis of ``x``, the weight dequantized to the dtype of ``x``."""
     shape = (out_features, x_I.shape[-1])
-    return F.linear(x_I, dequantize(packed_Q, scales, pairs_P2, shape, x_I.dtype, block_size), bias_O)
-
-
-def dynamic_map() -> Tensor:
-    """The 256 numbers of the signed 8-bit dynamic type, float32, rising: fewer digits the smaller the magnitude."""
-    numbers = [0.0, 1.0]
-    for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32, device="cpu")
-        middles = (edges[:-1] + edges[1:]) / 2
-        power = 10.0 ** (exponent - 6)
-        numbers += (power * middles).tolist() + (-power * middles).tolist()
-    return torch.tensor(sorted(numbers), dtype=torch.float32, device="cpu")
-
-
-def compress_scales(absmax_K: Tensor) -> CompressedScales:
-    """The scales less their mean, by the dynamic type, in groups of ``SCALE_GROUP``."""
-    offset = absmax_K.mean()
-    count = absmax_K.numel()
-    groups = -(-count // SCALE_GROUP)
-    centred_CG = F.pad(absmax_K - offset, (0, groups * SCALE_GROUP - count)).view(groups, SCALE_GROUP)
-    absmax_C = centred_CG.abs().amax(dim=1)
-    scaled_CG = (centred_CG * (1.0 / absmax_C)[:, None]).clamp_(-1.0, 1.0)
-    # As bitsandbytes does on a CPU: to the nearest place of a table, then to that place's nearest number.
-    places_CG = ((scaled_CG + 1.0) * (0.5 * _PLACES) + 0.5).floor_()
-    map_P = dynamic_map().to(absmax_K.device)
-    codes_CG = torch.bucketize(-1.0 + 2.0 * places_CG / _PLACES, _midpoints(map_P)).to(torch.uint8)
-    codes_CG[absmax_C == 0] = 0
-    return CompressedScales(codes_CG.view(-1)[:count], map_P, absmax_C, offset.repeat(groups), SCALE_GROUP)
+    return F.linear(x_I, dequantize(packed_Q, scales, pairs, shape, x_I.dtype, block_size), bias_O)
 
 
 def expand_scales(scales: Scales) -> Tensor:

@@ -6,6 +6,8 @@ Knows the files of cgroup v1 and v2. A machine without them has no limits to rep
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 _OWN_CGROUP = Path("/proc/self/cgroup")
 _NO_LIMIT_BYTES = 2**60
@@ -31,6 +33,12 @@ def memory_left(root: Path = _CGROUP_ROOT, own: Path = _OWN_CGROUP) -> int | Non
         if limit and used is not None and limit < _NO_LIMIT_BYTES:
             left.append(max(0, limit - used + _reclaimable(folder)))
     return min(left, default=None)
+
+
+def memory_free() -> int:
+    """Bytes that this process may still take: what the machine has left, or less under a limit."""
+    left, available = memory_left(), int(psutil.virtual_memory().available)
+    return available if left is None else min(left, available)
 
 
 def _folders(controller: str, root: Path, own: Path) -> Iterator[Path]:

@@ -1,6 +1,6 @@
-"""What fits under ``--gpu-memory``, beside weights, the largest step and recordings; the doctor plans with it too.
+"""Arithmetic over a GPU's memory: which recordings are made and what they keep, and what a limit leaves for the cache.
 
-Pure arithmetic over bytes. Knows no weights, no step and no torch: what these need is told.
+The doctor plans with it. Imports no torch: what weights and the largest step need is told.
 """
 
 from dataclasses import dataclass
@@ -37,7 +37,8 @@ class Needs:
 
 def batch_sizes(most: int) -> list[int]:
     """The batch sizes that are recorded for at most ``most`` running requests."""
-    return [*(size for size in BATCH_SIZES if size < most), min(most, BATCH_SIZES[-1])]
+    largest = min(most, BATCH_SIZES[-1])
+    return [*(size for size in BATCH_SIZES if size < largest), largest]
 
 
 def bytes_of_recordings(config: VlmConfig, *, max_running: int, max_images: int, decodes: bool) -> int:
@@ -50,7 +51,9 @@ def bytes_of_recordings(config: VlmConfig, *, max_running: int, max_images: int,
     decoder, tower = config.decoder, config.vision
     images = min(max_images, MOST_IMAGES)
     pixels = 3 * tower.image_size**2 * sum(range(1, images + 1))
-    encoded = 2 * images * (tower.num_patches + 1) * (tower.intermediate_size + 6 * tower.hidden_size)
+    # Each recording's result stays where it is.
+    kept = 2 * config.num_image_tokens * decoder.hidden_size * sum(range(1, images + 1))
+    encoded = kept + 2 * images * (tower.num_patches + 1) * (tower.intermediate_size + 6 * tower.hidden_size)
     if not decodes:
         return pixels + encoded + _DRIVER_BYTES
     sizes = batch_sizes(max_running)

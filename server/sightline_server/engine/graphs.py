@@ -42,16 +42,17 @@ class CudaRecorder:
 
     def __init__(self) -> None:
         self._pool: Any = None
+        # One for all: libraries keep a workspace for every stream they were used on.
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def record(self, work: Work) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
         # Kernels are compiled and libraries set up on the first call, neither of which can be recorded.
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             work()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             results = work()
         self._pool = self._pool or graph.pool()
         return results, graph.replay
@@ -75,8 +76,10 @@ class DecodeGraphs:
             self._recordings[size] = tensors, results, replay
 
     def take(self, slices: Seq[Slice]) -> bool:
-        """Whether a recording takes these slices: all of them decodes, and no more than the largest holds."""
-        return len(slices) <= self._sizes[-1] and all(piece.length == 1 and piece.samples for piece in slices)
+        """Whether a recording takes these slices: all of them decodes of text, and no more than the largest holds."""
+        return len(slices) <= self._sizes[-1] and all(
+            piece.length == 1 and piece.samples and not _is_in_picture(piece) for piece in slices
+        )
 
     def run(self, slices: Seq[Slice]) -> tuple[Tensor, Tensor]:
         """The drawn tokens and the logits of ``slices``, whose sequences all are ``is_plain`` or drawn again.
@@ -97,6 +100,12 @@ class DecodeGraphs:
         drawn_B = self._model.decoder.kernels.sample(logits_BV, *tensors.draws)
         self._tokens_R.index_copy_(0, tensors.rows_B, drawn_B)
         return drawn_B, logits_BV
+
+
+def _is_in_picture(piece: Slice) -> bool:
+    """Whether the slice's one token stands for a part of a picture, as a prompt's last may."""
+    spans = piece.sequence.request.prompt.images
+    return bool(spans) and piece.start < spans[-1].start + spans[-1].length
 
 
 class _StepTensors:

@@ -1,4 +1,4 @@
-"""From settings and a checkpoint folder to an engine that is ready: device, precision, weights, cache size.
+"""From settings and a checkpoint folder to an engine that is ready: device, precision, weights.
 
 The only place where "auto" is resolved. Knows nothing of processes or HTTP.
 """
@@ -120,13 +120,12 @@ def load_engine(folder: Path, settings: Settings, progress: Progress) -> tuple[E
             f"The weights in {_precision(dtype, quantization)} ({size}) and one full step don't fit {where}. "
             "Run 'sightline doctor' with this folder to see what would; --max-step-tokens lowers what a step needs."
         ) from error
-    weights = [*model.parameters(), *model.buffers()]
     info = EngineInfo(
         device=_device_name(device),
         dtype=str(dtype).removeprefix("torch."),
         quantization=quantization,
         parameters=count_parameters(config).total,
-        weight_bytes=sum(tensor.nbytes for tensor in weights),
+        weight_bytes=model.num_bytes,
         num_blocks=engine_config.num_blocks,
         block_size=engine_config.block_size,
         max_model_len=engine_config.max_model_len,
@@ -286,7 +285,7 @@ def _limits(config: VlmConfig, settings: Settings, device: torch.device) -> Engi
         block_size=settings.block_size,
         max_model_len=settings.max_model_len or longest,
         max_step_tokens=max_step_tokens,
-        max_mixed_tokens=settings.mixed_step_tokens or (512 if device.type == "cuda" else max_step_tokens),
+        mixed_step_tokens=settings.mixed_step_tokens or (512 if device.type == "cuda" else max_step_tokens),
         # Every running request gets a token a step.
         max_running=min(settings.max_running, max_step_tokens),
         max_queue=settings.max_queue,

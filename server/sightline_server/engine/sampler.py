@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from sightline_kernels.dispatch import Sample
-from sightline_kernels.sample.reference import sample
 from sightline_server.engine.transfer import to_device
 from sightline_server.engine.types import Sequence, TopLogprob
 
@@ -101,7 +100,7 @@ def is_plain(sequence: Sequence) -> bool:
     return not (params.logprobs or params.logit_bias or sequence.draws_by_history or _banned(sequence))
 
 
-def choose_tokens(logits_SV: Tensor, sequences: Seq[Sequence], draw: Sample = sample) -> Drawn:
+def choose_tokens(logits_SV: Tensor, sequences: Seq[Sequence], draw: Sample) -> Drawn:
     """One token for each row, in order: a function of the row's logits and its sequence alone.
 
     Args:

@@ -86,7 +86,7 @@ class Scheduler:
             ):
                 planner.take(sequence)
         if planner.slices:
-            planner.budget = min(planner.budget, self._config.max_mixed_tokens)
+            planner.budget = min(planner.budget, self._config.mixed_step_tokens)
         for sequence in self.running:
             if sequence.num_uncomputed > 1 and planner.budget > 0:
                 planner.take(sequence)

@@ -114,7 +114,7 @@ def run_largest_step(model: Vlm, kv: KvPool, limits: EngineConfig, device: torch
         decodes = [Slice(sequence, longest - 1, 1)] * (limits.max_running - 1)
         hidden_TD = run([*decodes, *prompts(limits.max_step_tokens - len(decodes))])
         logits_SV = model.logits(hidden_TD[: limits.max_running].clone())
-        choose_tokens(logits_SV, [sequence] * len(logits_SV))
+        choose_tokens(logits_SV, [sequence] * len(logits_SV), model.decoder.kernels.sample)
         del kept
 
 

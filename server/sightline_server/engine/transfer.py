@@ -21,6 +21,7 @@ class Arriving:
     """Tensors on their way to the host, as they are once all that was asked of the device so far is done."""
 
     def __init__(self, values: Sequence[Tensor]) -> None:
+        # Waited for asleep: the core is the HTTP side's meanwhile, and the next step is on its way already.
         self._event: torch.cuda.Event | None = None
         if not values or not values[0].is_cuda:
             # The tensors may be written again before they are waited for.
@@ -29,7 +30,7 @@ class Arriving:
         self._values = [torch.empty_like(value, device="cpu", pin_memory=True) for value in values]
         for landing, value in zip(self._values, values, strict=True):
             landing.copy_(value, non_blocking=True)
-        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         self._event.record()
 
     def wait(self) -> list[Tensor]:

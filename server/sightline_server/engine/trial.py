@@ -96,10 +96,6 @@ def end_tokens(folder: Path, config: VlmConfig) -> frozenset[int]:
     return frozenset(read_generation_defaults(folder, config).eos_token_ids)
 
 
-def weight_bytes(model: Vlm) -> int:
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-
-
 def answer(
     model: Vlm,
     cases: Seq[Case],
@@ -126,7 +122,7 @@ def answer(
     finally:
         torch.set_num_threads(threads)
     pace = Pace(
-        weight_bytes=weight_bytes(model),
+        weight_bytes=model.num_bytes,
         prompt_tokens_per_s=median(path.prompt_speeds),
         decode_tokens_per_s=median(path.decode_speeds),
     )

@@ -204,7 +204,7 @@ class EngineConfig:
     block_size: int
     max_model_len: int
     max_step_tokens: int
-    max_mixed_tokens: int = sys.maxsize
+    mixed_step_tokens: int = sys.maxsize
     """Most prompt tokens in a step that continues answers too: those wait for the whole step."""
     max_running: int
     max_queue: int

@@ -1,7 +1,7 @@
 """The self-check of quantized weights: how far they answer from the unquantized ones that they were made of.
 
 Of the two models there is only ever one: the unquantized one is loaded, asked and let go before the other is loaded.
-Whatever goes wrong is a result with a sentence and never stops a start. Knows no rule about devices or schemes; how a
+Whatever goes wrong is a result with a sentence and never stops a start. Knows no scheme's numbers; how a
 model is made it is told.
 Suffixes: P positions of an answer, V vocabulary.
 """
@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from sightline_models.quantization_config import Quantization
 from sightline_models.tokenizer import TokenizerError
 from sightline_models.vlm import Vlm
 from sightline_server.engine import cgroups, trial
+from sightline_server.engine.gpu_memory import gib
 from sightline_server.engine.trial import Answered
 from sightline_server.engine.types import EngineConfig, Verification
 from sightline_server.settings import SettingsError
@@ -70,9 +70,9 @@ def ask_unquantized(subject: Subject, make: Callable[[], Vlm]) -> Answered | Fai
         return None
     on_cpu = subject.device.type == "cpu"
     needed = weight_bytes(subject.config, str(subject.dtype).removeprefix("torch."), on_cpu=on_cpu)
-    if on_cpu and needed > (free := _free_memory()):
+    if on_cpu and needed > (free := cgroups.memory_free()):
         # Tried all the same, it may end this process: a full machine has no exception to raise.
-        return Failure(_too_large(needed, f"{_gib(free)} are free"))
+        return Failure(_too_large(needed, f"{gib(free)} are free"))
     result = _guarded(lambda: _ask(make(), subject, None), _too_large(needed, f"{subject.device} is too full"))
     _let_go(subject.device)
     return result
@@ -151,23 +151,16 @@ def _guarded(ask: Callable[[], Answered], too_large: str) -> Answered | Failure:
         return Failure(f"The check could not be made: {str(error).rstrip('.')}.")
     except Exception as error:
         log.exception("The check of the weights failed.")
-        return Failure(f"The check failed with {type(error).__name__}: {error}. The server's log says where.")
+        return Failure(
+            f"The check failed with {type(error).__name__}: {error}. Leave --verify out to serve without it."
+        )
 
 
 def _too_large(needed: int, why: str) -> str:
     return (
-        f"The unquantized model was not asked: its weights take {_gib(needed)}, and {why}. Check on a machine with "
+        f"The unquantized model was not asked: its weights take {gib(needed)}, and {why}. Check on a machine with "
         "more memory, or leave --verify out."
     )
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"
-
-
-def _free_memory() -> int:
-    left, available = cgroups.memory_left(), int(psutil.virtual_memory().available)
-    return available if left is None else min(left, available)
 
 
 def _let_go(device: torch.device) -> None:

@@ -71,7 +71,7 @@ def multiply(scheme: str, rows: int, dtype: torch.dtype = torch.bfloat16, *, spl
     """A square matrix times ``rows``: into sums of parts, or ``split`` off, with a bias into the result."""
     width = 4096
     x, outputs = torch.zeros(rows, width, dtype=dtype), 64 if scheme == "int8" else 128
-    parts = int8.split_count(width, width, outputs, int8.INPUTS if scheme == "int8" else 64)
+    parts = int8.split_count(rows, width, width, outputs, int8.INPUTS if scheme == "int8" else 64)
     part_SRO = torch.zeros(parts, rows, width) if split else torch.zeros(1, rows, width, dtype=dtype)
     bias_O = None if split else torch.zeros(width, dtype=dtype)
     if scheme == "int8":

@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from compressed_scales import compress_scales
 from torch import Tensor
 from twins import noise
 
@@ -18,7 +19,7 @@ from sightline_kernels.nf4_linear import reference as nf4_reference
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(1, 5, 64), (3, 130, 192), (17, 128, 320), (64, 200, 1088), (2, 1, 4096)]
+SHAPES = [(1, 5, 64), (3, 130, 192), (17, 128, 320), (64, 200, 1088), (2, 1, 4096), (65, 70, 64), (150, 5, 1088)]
 """(rows, outputs, inputs)"""
 
 pytestmark = [
@@ -71,7 +72,7 @@ def test_nf4_linear(rows: int, outputs: int, width: int, biased: bool, dtype: to
 
 def compressed(absmax: Tensor, group: int) -> nf4_reference.CompressedScales:
     """Scales near ``absmax``, of short groups with an offset each, so that a small matrix has several."""
-    made = nf4_reference.compress_scales(absmax)
+    made = compress_scales(absmax)
     codes = torch.arange(absmax.numel(), device=absmax.device).mul_(37).add_(11).to(torch.uint8)
     groups = -(-absmax.numel() // group)
     sizes = torch.arange(1, groups + 1, device=absmax.device) / 7
@@ -101,8 +102,8 @@ def test_scales_are_made_whole_to_the_last_bit(dtype: torch.dtype, device: str) 
     # A row of the identity from each block shows the weights themselves.
     x = torch.zeros(rows, width, dtype=torch.float32, device=device)
     x[torch.arange(rows), torch.arange(0, width, 64)] = 1
-    scales = nf4_reference.compress_scales(absmax)
-    part_SRO = torch.empty(int8.split_count(130, width, nf4.OUTPUTS, 64), rows, 130, device=device)
+    scales = compress_scales(absmax)
+    part_SRO = torch.empty(int8.split_count(rows, 130, width, nf4.OUTPUTS, 64), rows, 130, device=device)
     nf4.plan(x.to(dtype), packed, scales, pairs, None, part_SRO).run()
     assert torch.equal(part_SRO.sum(0).T, nf4_reference.expand_scales(scales).view(130, 64))
     assert not torch.equal(part_SRO.sum(0).T, absmax.view(130, 64)), "compression lost nothing"
@@ -131,6 +132,6 @@ def test_many_rows_take_the_dequantized_product(width: int, dtype: torch.dtype, 
     assert torch.equal(int8.int8_linear(x, codes, absmax, None), int8_reference.int8_linear(x, codes, absmax, None))
     packed, scales = nf4_reference.quantize(weight)
     pairs = nf4_reference.byte_pairs(weight.device)
-    for each in (scales, compressed(scales, 5), nf4_reference.compress_scales(scales)):
+    for each in (scales, compressed(scales, 5), compress_scales(scales)):
         ours, right = (make.nf4_linear(x, packed, each, pairs, None, 4) for make in (nf4, nf4_reference))
         assert torch.equal(ours, right)
