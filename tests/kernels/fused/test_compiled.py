@@ -224,7 +224,8 @@ def test_merging_parts_spills_nothing() -> None:
 def test_narrow_loads_of_keys_are_found() -> None:
     launch = ATTENTION["decodes of unshared heads"](torch.bfloat16)
     made = compile_for(launch, 90, aligned=False)
-    assert faults(made, 90, wide_loads=loads_of_keys(launch, torch.bfloat16)) == ["0 128-bit loads, 16 are wanted"]
+    # Some compilers make registers spill besides.
+    assert "0 128-bit loads, 16 are wanted" in faults(made, 90, wide_loads=loads_of_keys(launch, torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
