@@ -13,6 +13,7 @@ from sightline_models.parameter_count import kv_bytes_per_token
 from sightline_models.presets import demo_checkpoint
 from sightline_models.vlm import Vlm
 from sightline_server.engine import gpu_memory, load, sizing
+from sightline_server.engine.bounds import images_per_step
 from sightline_server.engine.gpu_memory import Needs, room_for_cache, why_too_little
 from sightline_server.engine.load import limit_memory
 from sightline_server.engine.types import EngineConfig
@@ -95,7 +96,7 @@ def test_blocks_are_counted_under_the_limit(tiny: Vlm, monkeypatch: pytest.Monke
     a_block = KvPool.bytes_per_block(tiny.config.decoder, block_size=4, dtype=torch.float32)
     left = GIB - gpu_memory.slack(GIB) - 600 * MIB - 100 * MIB - LIMITS.encoder_cache_bytes
     assert blocks == left // a_block - 1
-    images = sizing.max_images_per_step(tiny.config, LIMITS.max_step_tokens)
+    images = images_per_step(tiny.config, LIMITS.max_step_tokens)
     recorded = sizing.count_blocks(tiny, settings, CUDA, torch.float32, replace(LIMITS, graphs=True))
     assert (
         recorded

@@ -17,6 +17,7 @@ from sightline_models.kv import KvPool
 from sightline_models.presets import write_preset
 from sightline_models.vlm import Vlm
 from sightline_server.engine import load, sizing
+from sightline_server.engine.bounds import images_per_step
 from sightline_server.engine.gpu_memory import bytes_of_recordings
 from sightline_server.engine.types import EngineConfig
 from sightline_server.settings import Settings, SettingsError
@@ -54,7 +55,7 @@ def test_the_largest_step_runs_within_its_cache(tiny: Vlm, monkeypatch: pytest.M
         monkeypatch.setattr(Vlm, name, counted)
     with memory:
         sizing.run_largest_step(tiny, kv, LIMITS, torch.device("cpu"))
-    images = sizing.max_images_per_step(tiny.config, 64)
+    images = images_per_step(tiny.config, 64)
     assert rows == [("encode_images", images), ("forward", 64), ("forward", 64), ("logits", 16)]
     assert kv.k_LNPGD[:, :16].abs().sum(-1).all()
     assert not kv.k_LNPGD[:, 16].any()
@@ -135,7 +136,7 @@ def test_a_gpus_cache_is_its_share_less_what_others_hold_and_a_step_needs(
     blocks = sizing.count_blocks(tiny, settings, torch.device("cuda:0"), torch.float32, LIMITS)
     a_block = KvPool.bytes_per_block(tiny.config.decoder, block_size=4, dtype=torch.float32)
     assert blocks == (9_000_000 - 4_000_000 - 700_000 - 2**20) // a_block - 1
-    images = sizing.max_images_per_step(tiny.config, LIMITS.max_step_tokens)
+    images = images_per_step(tiny.config, LIMITS.max_step_tokens)
     recordings = bytes_of_recordings(tiny.config, max_running=LIMITS.max_running, max_images=images, decodes=False)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**9))
     whole, rest = (

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from sightline_models.config import VlmConfig
 from sightline_models.parameter_count import QUANTIZED_BITS, kv_bytes_per_token, weight_bytes
+from sightline_server.engine.bounds import images_per_step, running_requests, step_tokens
 from sightline_server.engine.gpu_memory import Needs, bytes_of_recordings, room_for_cache
 from sightline_server.settings import Settings
 
@@ -75,8 +76,8 @@ def plan(
         if settings.cuda_graphs and not settings.deterministic:
             recordings = bytes_of_recordings(
                 config,
-                max_running=_running(memory, settings),
-                max_images=_images(config, memory, settings),
+                max_running=running_requests(settings, on_gpu=memory.is_gpu),
+                max_images=images_per_step(config, step_tokens(settings, on_gpu=memory.is_gpu)),
                 decodes=settings.kernels != "reference",
             )
         needs = Needs(
@@ -112,7 +113,7 @@ def plan(
         kv_bytes=(blocks + 1) * a_block if fits else 0,
         cache_tokens=tokens,
         max_context=min(longest, tokens),
-        requests=min(blocks // a_request, _running(memory, settings)),
+        requests=min(blocks // a_request, running_requests(settings, on_gpu=memory.is_gpu)),
         fits=fits,
     )
 
@@ -130,11 +131,11 @@ def _step_bytes(config: VlmConfig, precision: str, rest: str, memory: Memory, se
     """
     item = 4 if rest == "float32" else 2
     decoder, tower = config.decoder, config.vision
-    tokens = _budget(memory, settings)
+    tokens = step_tokens(settings, on_gpu=memory.is_gpu)
     hidden = tokens * (3 * decoder.intermediate_size + 8 * decoder.hidden_size) * item
     # float32 values, sorted values, and 64-bit places.
-    logits = _running(memory, settings) * decoder.vocab_size * 16
-    images = _images(config, memory, settings)
+    logits = running_requests(settings, on_gpu=memory.is_gpu) * decoder.vocab_size * 16
+    images = images_per_step(config, tokens)
     pictures = images * (tower.num_patches + 1) * (tower.intermediate_size + 6 * tower.hidden_size) * item
     kept = images * config.num_image_tokens * decoder.hidden_size * item
     whole = 2 * decoder.intermediate_size * decoder.hidden_size * item if precision in QUANTIZED_BITS else 0
@@ -142,19 +143,5 @@ def _step_bytes(config: VlmConfig, precision: str, rest: str, memory: Memory, se
     if memory.is_gpu and settings.kernels == "reference":
         longest = settings.max_model_len or decoder.max_position_embeddings
         a_layer = kv_bytes_per_token(decoder, rest) // decoder.num_layers
-        gathered = min(GATHERED_BYTES, _running(memory, settings) * longest * a_layer)
+        gathered = min(GATHERED_BYTES, running_requests(settings, on_gpu=memory.is_gpu) * longest * a_layer)
     return int(_STEP_SLACK * (max(hidden + kept, pictures) + logits)) + whole + gathered
-
-
-def _budget(memory: Memory, settings: Settings) -> int:
-    return settings.max_step_tokens or (2048 if memory.is_gpu else 512)
-
-
-def _images(config: VlmConfig, memory: Memory, settings: Settings) -> int:
-    """Most pictures of one step."""
-    return _budget(memory, settings) // config.num_image_tokens + 2
-
-
-def _running(memory: Memory, settings: Settings) -> int:
-    """Every running request gets a token a step."""
-    return min(settings.max_running, _budget(memory, settings))

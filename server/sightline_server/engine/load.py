@@ -22,12 +22,13 @@ from sightline_models.quantization_config import Quantization, choose_quantizati
 from sightline_models.vlm import Vlm
 from sightline_models.weights import load_vlm, random_vlm
 from sightline_server.engine.blocks import BlockPool
+from sightline_server.engine.bounds import images_per_step, mixed_step_tokens, running_requests, step_tokens
 from sightline_server.engine.engine import Engine
 from sightline_server.engine.gpu_memory import gib
 from sightline_server.engine.graphs import CudaRecorder, Recorder
 from sightline_server.engine.runner import Runner
 from sightline_server.engine.scheduler import Scheduler
-from sightline_server.engine.sizing import allocate_cache, count_blocks, fit_to_cache, max_images_per_step
+from sightline_server.engine.sizing import allocate_cache, count_blocks, fit_to_cache
 from sightline_server.engine.threads import ThreadChooser
 from sightline_server.engine.types import (
     EngineConfig,
@@ -160,7 +161,7 @@ def assemble(
     kv = allocate_cache(model.config, config.num_blocks, config.block_size, device, dtype)
     blocks = BlockPool(config.num_blocks, caching=config.prefix_caching)
     vision: VisionCache[Tensor] = VisionCache(config.encoder_cache_bytes)
-    max_images = max_images_per_step(model.config, config.max_step_tokens)
+    max_images = images_per_step(model.config, config.max_step_tokens)
     scheduler = Scheduler(config, blocks, vision, max_images_per_step=max_images)
     if recorder is None and device.type == "cuda":
         recorder = CudaRecorder()
@@ -279,20 +280,19 @@ def _limits(config: VlmConfig, settings: Settings, device: torch.device) -> Engi
         raise SettingsError(
             f"--max-model-len {settings.max_model_len} is more than the {longest} positions this checkpoint knows."
         )
-    max_step_tokens = settings.max_step_tokens or (2048 if device.type == "cuda" else 512)
+    on_gpu = device.type == "cuda"
     return EngineConfig(
         num_blocks=1,
         block_size=settings.block_size,
         max_model_len=settings.max_model_len or longest,
-        max_step_tokens=max_step_tokens,
-        mixed_step_tokens=settings.mixed_step_tokens or (512 if device.type == "cuda" else max_step_tokens),
-        # Every running request gets a token a step.
-        max_running=min(settings.max_running, max_step_tokens),
+        max_step_tokens=step_tokens(settings, on_gpu=on_gpu),
+        mixed_step_tokens=mixed_step_tokens(settings, on_gpu=on_gpu),
+        max_running=running_requests(settings, on_gpu=on_gpu),
         max_queue=settings.max_queue,
         encoder_cache_bytes=int(settings.encoder_cache_mb * 2**20),
         prefix_caching=settings.prefix_caching,
         deterministic=settings.deterministic,
-        overlap=settings.overlap and device.type == "cuda",
+        overlap=settings.overlap and on_gpu,
         # Rows of a recording share its shape, and so their arithmetic: that isn't what --deterministic promises.
-        graphs=settings.cuda_graphs and device.type == "cuda" and not settings.deterministic,
+        graphs=settings.cuda_graphs and on_gpu and not settings.deterministic,
     )

@@ -12,15 +12,11 @@ from sightline_models.config import VlmConfig
 from sightline_models.kv import KvPool
 from sightline_models.vlm import Vlm
 from sightline_server.engine.batch import build_batch
+from sightline_server.engine.bounds import images_per_step
 from sightline_server.engine.gpu_memory import Needs, bytes_of_recordings, room_for_cache, why_too_little
 from sightline_server.engine.sampler import choose_tokens
 from sightline_server.engine.types import EngineConfig, Prompt, Request, SamplingParams, Sequence, Slice
 from sightline_server.settings import Settings, SettingsError
-
-
-def max_images_per_step(config: VlmConfig, max_step_tokens: int) -> int:
-    """As many images as a step's tokens could hold, and two for a prompt that begins and one that ends in it."""
-    return max_step_tokens // config.num_image_tokens + 2
 
 
 def count_blocks(model: Vlm, settings: Settings, device: torch.device, dtype: torch.dtype, limits: EngineConfig) -> int:
@@ -34,7 +30,7 @@ def count_blocks(model: Vlm, settings: Settings, device: torch.device, dtype: to
         recordings = bytes_of_recordings(
             model.config,
             max_running=limits.max_running,
-            max_images=max_images_per_step(model.config, limits.max_step_tokens),
+            max_images=images_per_step(model.config, limits.max_step_tokens),
             decodes=model.decoder.kernels.can_be_recorded,
         )
     torch.cuda.empty_cache()
@@ -80,7 +76,7 @@ def _measure_largest_step(model: Vlm, limits: EngineConfig, device: torch.device
 def run_largest_step(model: Vlm, kv: KvPool, limits: EngineConfig, device: torch.device) -> None:
     """Run what no step needs more memory than. ``kv`` holds any number of blocks and a scratch block.
 
-    - Pictures: the scheduler encodes at most ``max_images_per_step`` of them, all before the decoder runs and, unless
+    - Pictures: the scheduler encodes at most ``images_per_step`` of them, all before the decoder runs and, unless
       deterministic, in one batch. What comes out is pinned in the encoder cache until the decoder is done, so it lives
       on here as well; whatever else that cache holds is within the bytes set aside for it.
     - Tokens: a full budget. Once all of it prompts that end where a context may end, since a slice looks back at all of
@@ -89,7 +85,7 @@ def run_largest_step(model: Vlm, kv: KvPool, limits: EngineConfig, device: torch
       filter sorts them, and log-probabilities are as many again.
     """
     num_blocks, longest = kv.k_LNPGD.shape[1] - 1, limits.max_model_len
-    size, num_images = model.config.vision.image_size, max_images_per_step(model.config, limits.max_step_tokens)
+    size, num_images = model.config.vision.image_size, images_per_step(model.config, limits.max_step_tokens)
     sampling = SamplingParams(max_tokens=1, temperature=1.0, top_p=0.5, logit_bias={0: 0.0}, logprobs=True)
     request = Request(id="largest", prompt=Prompt((0,) * longest), sampling=sampling)
     # Longer than ``kv``: it reads the same blocks again and again.
