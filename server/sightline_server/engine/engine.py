@@ -98,7 +98,7 @@ class Engine:
 
         Returns what happened since the last call, in order.
         """
-        if any(sequence.draws_by_history for sequence in self._scheduler.running):
+        if self._in_flight and any(sequence.draws_by_history for sequence in self._scheduler.running):
             # Such a request's next draw needs tokens that may still be under way.
             self._settle()
         plan = self._scheduler.plan(self._pixels)

@@ -163,7 +163,9 @@ def assemble(
     vision: VisionCache[Tensor] = VisionCache(config.encoder_cache_bytes)
     max_images = images_per_step(model.config, config.max_step_tokens)
     scheduler = Scheduler(config, blocks, vision, max_images_per_step=max_images)
-    if recorder is None and device.type == "cuda":
+    if not config.graphs:
+        recorder = None
+    elif recorder is None and device.type == "cuda":
         recorder = CudaRecorder()
     runner = Runner(
         model,
@@ -173,7 +175,7 @@ def assemble(
         device,
         ThreadChooser(threads),
         max_images_per_step=max_images,
-        recorder=recorder if config.graphs else None,
+        recorder=recorder,
     )
     return Engine(runner, scheduler, blocks, config)
 
