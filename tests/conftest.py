@@ -18,6 +18,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+import threat_rows
 
 # A shell that starts the tests in the background has them, and all they start, ignore Ctrl-C; some are about Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -57,6 +58,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     for item in wanting:
         item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.write_line(threat_rows.summary(ROOT))
 
 
 @pytest.fixture(autouse=True)
