@@ -23,6 +23,7 @@ from sightline_server.protocol.chat import ChatRequest
 from sightline_server.protocol.completion import ChatChunk
 from sightline_server.routes import chat, failures, health, models
 from sightline_server.routes.admission import Admission
+from sightline_server.routes.brake import RefusalBrake
 from sightline_server.routes.context import Context
 from sightline_server.routes.edge import BodyLimits, Edge
 from sightline_server.settings import Settings
@@ -77,6 +78,7 @@ def create_app(engine: EngineClient, model: ServedModel, images: DecodePool, set
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
+    app.add_middleware(RefusalBrake, delay_s=settings.refusal_delay_s)
     app.add_middleware(Edge, metrics=metrics)
     _document(app, needs_key=bool(keys))
     return app

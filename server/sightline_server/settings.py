@@ -174,6 +174,13 @@ class Settings:
     max_queue: int = _row(256, "Most requests waiting for the engine; more get 503.", section="Limits", minimum=1)
     max_body_mb: float = _row(64.0, "Largest request body, in MiB.", section="Limits", minimum=0.001)
     body_timeout_s: float = _row(60.0, "Seconds a request body may take to arrive.", section="Limits", minimum=0.1)
+    refusal_delay_s: float = _row(
+        0.25,
+        "Seconds a refusal is held back when its address collects more than 16 a second. 0: never.",
+        section="Limits",
+        minimum=0,
+        maximum=10,
+    )
     max_images: int = _row(16, "Most images in one request.", section="Limits", minimum=0)
     max_image_mb: float = _row(20.0, "Largest encoded image, in MiB.", section="Limits", minimum=0.001)
     max_image_megapixels: float = _row(50.0, "Most megapixels in one image.", section="Limits", minimum=0.001)
