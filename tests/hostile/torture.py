@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from benchmarks.servers import Server, free_port, running, sightline_command
-from hostile import flood, kills, pictures, victims
+from hostile import flood, kills, picture_run, victims
 
 DEMO = "sightline-demo"
 PARTS = ("pictures", "requests", "victims", "kills")
@@ -28,11 +28,11 @@ def server(*flags: str) -> Iterator[Server]:
 
 
 def torture_pictures(count: int, seed: int) -> list[str]:
-    return pictures.run(count, seed)
+    return picture_run.run(count, seed)
 
 
 def torture_requests(count: int, seed: int) -> list[str]:
-    with server("--deterministic", "--log-level", "warning") as started:
+    with server("--deterministic", "--log-level", "error", "--refusal-delay-s", "0") as started:
         return asyncio.run(flood.run(started.url.removesuffix("/v1"), started.pid, DEMO, count, seed))
 
 
@@ -42,7 +42,10 @@ def torture_victims(seconds: int, seed: int) -> list[str]:
 
 
 def torture_kills(count: int, seed: int) -> list[str]:
-    return kills.run(count, seed)
+    with server("--deterministic", "--log-level", "error") as started:
+        rounds = asyncio.run(kills.run(started.url.removesuffix("/v1"), started.pid, DEMO, count, seed))
+    print(f"  ready again after at most {max(each.ready_s for each in rounds):.1f} s")
+    return [f"{each}: {problem}" for each in rounds for problem in each.problems]
 
 
 RUNS: dict[str, Callable[[int, int], list[str]]] = {
