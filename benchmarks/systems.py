@@ -21,10 +21,13 @@ PRECISIONS = ("float32", "bfloat16")
 """Ours on a CPU; ``auto`` is the first."""
 DEFAULT = "default"
 """Threads as a server chooses them by itself."""
+TWO_ENGINES = "2 engines"
+"""Ours with ``--engines 2``, which divide the cores: another choice of threads."""
+OUR_THREADS = (DEFAULT, "1", TWO_ENGINES)
 INT8, DETERMINISTIC = "ours-int8", "ours-deterministic"
 
 Start = Callable[[str, str], AbstractContextManager[Server]]
-"""A server, from a setting (a precision or a file's name) and a number of threads."""
+"""A server, from a setting (a precision or a file's name) and a choice of threads."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ def thread_counts() -> tuple[str, ...]:
 
 
 def ours(folder: Path, serve_flags: Sequence[str]) -> System:
-    return System(BASE, "Sightline", _sightline(folder, serve_flags), PRECISIONS, threads=(DEFAULT, "1"), gated=True)
+    return System(BASE, "Sightline", _sightline(folder, serve_flags), PRECISIONS, threads=OUR_THREADS, gated=True)
 
 
 def ours_int8(folder: Path, serve_flags: Sequence[str]) -> System:
@@ -142,7 +145,7 @@ def ours_int8(folder: Path, serve_flags: Sequence[str]) -> System:
         "Sightline `--quantize int8`",
         _sightline(folder, [*serve_flags, "--quantize", "int8"]),
         PRECISIONS,
-        threads=(DEFAULT, "1"),
+        threads=OUR_THREADS,
         quantize="int8",
         gated=True,
     )
@@ -207,7 +210,7 @@ def _sightline(folder: Path, flags: Sequence[str]) -> Start:
     @contextlib.contextmanager
     def start(setting: str, threads: str) -> Iterator[Server]:
         port = free_port()
-        told = [] if threads == DEFAULT else ["--threads", threads]
+        told = {DEFAULT: [], TWO_ENGINES: ["--engines", "2"]}.get(threads, ["--threads", threads])
         command = sightline_command(port, str(folder), "--device", "cpu", "--dtype", setting, *told, *flags)
         with running("sightline", command, port=port, ready_path="/ready") as server:
             yield server

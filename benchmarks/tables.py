@@ -48,7 +48,11 @@ def label_of(system: Mapping[str, Any]) -> str:
 def started_with(choice: Mapping[str, Any]) -> str:
     threads = choice["threads"]
     told = {"auto": "the checkpoint's precision"}.get(choice["setting"], choice["setting"])
-    return told if threads == "default" else f"{told}, {threads} thread{'s' if threads != '1' else ''}"
+    if threads == "default":
+        return told
+    # Another choice than a number says what it is.
+    noun = "" if not threads.isdecimal() else " thread" if threads == "1" else " threads"
+    return f"{told}, {threads}{noun}"
 
 
 def overview(model: Mapping[str, Any], measure: str = "tokens_per_s") -> Table:

@@ -171,9 +171,10 @@ def fake_image(data: bytes | str = b"a picture") -> dict[str, Any]:
 class FakeEngine(EngineClient):
     """Says ``say`` (or what it returns for a request), a byte a step, then ends as a real engine would."""
 
+    restarts = 0
+
     def __init__(self, say: str | bytes | Callable[[Request], str] = "Hello there.") -> None:
         self.say = say
-        self.restarts = 0
         self.requests: list[Request] = []
         self.live: set[str] = set()
         self.aborted: list[str] = []

@@ -40,10 +40,10 @@ _COUNTERS = (
 class EngineFigures(Protocol):
     """An engine client, as far as it is looked at from here."""
 
-    restarts: int
-
     @property
-    def ready(self) -> bool: ...
+    def num_ready(self) -> int: ...
+    @property
+    def restarts(self) -> int: ...
     @property
     def stats(self) -> object:
         """Holds the fields named in the two tables above as numbers."""
@@ -117,7 +117,7 @@ class _Watched(Collector):
 
     def collect(self) -> Iterator[Metric]:
         stats = self._engine.stats
-        yield GaugeMetricFamily("sightline_engine_ready", "1 when the engine answers.", value=int(self._engine.ready))
+        yield GaugeMetricFamily("sightline_engine_ready", "Engines that answer.", value=self._engine.num_ready)
         yield CounterMetricFamily("sightline_engine_restarts", "Times it died.", value=self._engine.restarts)
         yield CounterMetricFamily("sightline_images_decoded", "Images decoded.", value=self._images.decoded_total)
         for name, attribute, text in _GAUGES:

@@ -94,10 +94,20 @@ class Settings:
     )
 
     # Engine
-    device: str = _row("auto", "auto, cpu, cuda or cuda:N.", section="Engine")
+    device: str = _row(
+        "auto", "auto, cpu, cuda or cuda:N; several GPUs as cuda:0,cuda:1, an engine for each.", section="Engine"
+    )
+    engines: int = _row(
+        0,
+        "Engines, each a process with weights and caches of its own, that requests are spread over. 0: one for each "
+        "GPU that --device names, else one. On a CPU that holds the weights twice, 2 can answer more requests at once.",
+        section="Engine",
+        minimum=0,
+        maximum=64,
+    )
     threads: int = _row(
         0,
-        "Most CPU threads for one engine step. 0: the cores this process may use.",
+        "Most CPU threads for one engine step. 0: the cores this process may use, divided among the engines.",
         section="Engine",
         minimum=0,
     )
@@ -129,9 +139,14 @@ class Settings:
         metavar="SIZE",
         is_size=True,
     )
-    cpu_cache_gb: float = _row(1.0, "Memory for the key/value cache on a CPU, in GiB.", section="Engine", minimum=0.001)
+    cpu_cache_gb: float = _row(
+        1.0,
+        "Memory for the key/value cache on a CPU, in GiB; divided among the engines.",
+        section="Engine",
+        minimum=0.001,
+    )
     encoder_cache_mb: float = _row(
-        256.0, "Memory for encoded images kept for reuse, in MiB.", section="Engine", minimum=0
+        256.0, "Memory for encoded images kept for reuse, in MiB, of each engine.", section="Engine", minimum=0
     )
     prefix_caching: bool = _row(True, "Reuse cached keys and values of equal prompt beginnings.", section="Engine")
     kernels: Literal["auto", "reference", "fused"] = _row(
@@ -197,6 +212,11 @@ class Settings:
     decode_memory_mb: int = _row(
         2048, "Address space of one decode process, in MiB.", section="Image decoding", minimum=256
     )
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """What ``device`` names, at least one."""
+        return tuple(name.strip() for name in self.device.split(","))
 
 
 @dataclass(frozen=True)
@@ -334,13 +354,25 @@ def _check_together(settings: Settings) -> None:
         raise SettingsError(f"--api-key-file {settings.api_key_file!r} is no readable file.")
     if settings.chat_template and not Path(settings.chat_template).is_file():
         raise SettingsError(f"--chat-template {settings.chat_template!r} is no readable file.")
-    device = settings.device
-    if device not in ("auto", "cpu", "cuda") and not (device.startswith("cuda:") and device[5:].isdigit()):
-        raise SettingsError(f"--device must be auto, cpu, cuda or cuda:N, not {device!r}.")
-    if settings.gpu_memory and device == "cpu":
+    _check_devices(settings)
+    if settings.gpu_memory and settings.device == "cpu":
         raise SettingsError("--gpu-memory is for a GPU: with --device cpu, --cpu-cache-gb sizes the cache.")
     if settings.gpu_memory and settings.gpu_memory_utilization != Settings.gpu_memory_utilization:
         raise SettingsError("--gpu-memory and --gpu-memory-utilization exclude each other: give one.")
+
+
+def _check_devices(settings: Settings) -> None:
+    named, asked = settings.devices, settings.device
+    numbered = [name for name in named if name.startswith("cuda:") and name[5:].isdigit()]
+    if len(numbered) < len(named) and asked not in ("auto", "cpu", "cuda"):
+        raise SettingsError(f"--device must be auto, cpu, cuda, cuda:N or a list such as cuda:0,cuda:1, not {asked!r}.")
+    if len({int(name[5:]) for name in numbered}) < len(numbered):
+        raise SettingsError(f"--device {asked} names a GPU twice: an engine needs one of its own.")
+    if numbered and settings.engines not in (0, len(numbered)):
+        raise SettingsError(
+            f"--engines {settings.engines} and --device {asked} don't fit: name a GPU for each engine, such as "
+            "--device cuda:0,cuda:1, and leave --engines out."
+        )
 
 
 def describe(settings: Settings) -> dict[str, Any]:

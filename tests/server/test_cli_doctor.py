@@ -175,6 +175,28 @@ def test_problems_end_in_not_ready(monkeypatch, torch, device, sentence):
     assert any(sentence in finding.sentence for finding in report.findings if finding.level == "problem")
 
 
+def test_every_gpu_that_engines_need_is_looked_at(monkeypatch):
+    two = TorchView(error=None, cuda_build="13", gpus=(torch_gpu(), torch_gpu(index=1, name="Other", error="ECC")))
+    found = machine(**GPU_MACHINE)
+    (broken,) = examined(monkeypatch, found, two, device="cuda:0,cuda:1").findings
+    assert broken.sentence == "Other can't be used: ECC."
+    (absent,) = examined(monkeypatch, found, WITH_GPU, device="cuda:0,cuda:1").findings
+    assert absent.sentence == "--device cuda:0,cuda:1 names a GPU that isn't there: the last one is cuda:0."
+    (short,) = examined(monkeypatch, found, WITH_GPU, environ={"SIGHTLINE_ENGINES": "2"}).findings
+    assert short.sentence == "Engine 2 of 2 would need cuda:1: the last is cuda:0."
+    assert short.fix == "sightline serve --engines 1"
+    assert not examined(monkeypatch, found, two, device="cuda:0").findings
+
+
+def test_what_engines_divide_is_told(monkeypatch):
+    environ = {"SIGHTLINE_ENGINES": "2"}
+    report = examined(monkeypatch, machine(cpu_quota=5.0), NO_GPU, environ=environ)
+    assert [finding.fix for finding in report.findings] == ["sightline serve --threads 2"]
+    page = io.StringIO()
+    report.show(Console(file=page, width=120))
+    assert "in each of 2 engines" in page.getvalue()
+
+
 def test_limits_of_the_process(monkeypatch):
     report = examined(monkeypatch, machine(open_files=256, cpu_quota=1.5, features=()), NO_GPU)
     assert [finding.fix for finding in report.findings] == [

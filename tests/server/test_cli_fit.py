@@ -207,3 +207,25 @@ def test_a_model_too_big_gets_the_flags_that_help(monkeypatch, shape_7b):
     assert advice(11 * GIB) == "sightline serve /m --dtype bfloat16 --quantize int8"
     assert advice(8 * GIB) == "sightline serve /m --dtype bfloat16 --quantize nf4"
     assert "smaller model" in advice(4 * GIB)
+
+
+def test_engines_divide_a_cpus_cache_and_each_holds_the_weights(shape_7b):
+    memory = Memory(is_gpu=False, total=64 * GIB, free=40 * GIB)
+    one = plan("m", shape_7b, "bfloat16", memory, Settings(cpu_cache_gb=4.0))
+    two = plan("m", shape_7b, "bfloat16", memory, Settings(cpu_cache_gb=4.0, engines=2))
+    assert (one.fits, two.fits) == (True, True)
+    assert two.weight_bytes == one.weight_bytes
+    # An engine's scratch block is no room.
+    assert one.cache_tokens - two.cache_tokens == 16
+    assert two.kv_bytes == one.kv_bytes
+    assert two.max_context == two.cache_tokens // 2
+    assert two.needed_bytes - one.needed_bytes > one.weight_bytes
+    assert not plan("m", shape_7b, "bfloat16", memory, Settings(cpu_cache_gb=4.0, engines=3)).fits
+
+
+def test_each_of_several_gpus_is_planned_like_the_first(shape_7b):
+    memory = Memory(is_gpu=True, total=24 * GIB, free=23 * GIB)
+    one = plan("m", shape_7b, "bfloat16", memory, Settings(device="cuda"))
+    two = plan("m", shape_7b, "bfloat16", memory, Settings(device="cuda:0,cuda:1"))
+    assert (two.needed_bytes, two.max_context) == (one.needed_bytes, one.max_context)
+    assert (two.cache_tokens, two.requests) == (2 * one.cache_tokens, 2 * one.requests)

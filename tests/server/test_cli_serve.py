@@ -101,7 +101,10 @@ def test_flags_become_settings() -> None:
         (["serve", "--random-seed", str(2**64)], "--random-seed must be at most 1e+09, not 18446744073709551616."),
         (["serve", "--encoder-cache-mb", "inf"], "--encoder-cache-mb must be at most 1e+09, not inf."),
         (["serve", "--dtype", "int4"], "--dtype must be one of auto, float32, bfloat16, float16, not 'int4'."),
-        (["serve", "--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N, not 'tpu'."),
+        (
+            ["serve", "--device", "tpu"],
+            "--device must be auto, cpu, cuda, cuda:N or a list such as cuda:0,cuda:1, not 'tpu'.",
+        ),
         (["serve", "--prot", "8000"], "Unrecognized arguments: --prot. Run 'sightline --help' for help."),
         (["serve", "--port"], "Argument --port: expected one argument. Run 'sightline serve --help' for help."),
         (["serve", "/nowhere"], "MODEL_DIR '/nowhere' is no folder. Give the folder that holds config.json."),

@@ -142,7 +142,7 @@ class ReadyServer:
     def _why_this_dtype(self) -> str:
         if self.asked_dtype != "auto":
             return f"as --dtype {self.asked_dtype} asks"
-        if self.info.device.startswith("cpu"):
+        if not self.info.on_gpu:
             return f"auto on a CPU: holds the checkpoint's {self.checkpoint_dtype} exactly"
         if self.info.dtype == self.checkpoint_dtype:
             return "auto: the checkpoint's own"

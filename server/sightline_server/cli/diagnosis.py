@@ -16,6 +16,7 @@ from sightline_server import settings as settings_table
 from sightline_server.cli.fit import CONTEXT_BYTES, Fit, Memory, plan
 from sightline_server.cli.machine import Machine, TorchGpu, TorchView
 from sightline_server.cli.terminal import own_command, size
+from sightline_server.engine.placement import count_engines
 from sightline_server.settings import Settings
 
 _SPARE_FILES = 256
@@ -68,7 +69,8 @@ class Checkpoint:
 
 def choose(machine: Machine, torch: TorchView, settings: Settings) -> Choice:
     """What ``--device`` comes to here; auto is the first GPU that torch sees, else the CPU."""
-    asked = settings.device
+    # Of several engines the first one's: what is planned is one engine on one GPU.
+    asked = settings.devices[0]
     index = int(asked.partition(":")[2] or 0)
     gpu = next((gpu for gpu in torch.gpus if gpu.index == index), None) if asked != "cpu" else None
     if gpu is not None:
@@ -135,15 +137,7 @@ def gpu_findings(machine: Machine, torch: TorchView, settings: Settings, visible
     asked = settings.device.startswith("cuda")
     level: Literal["problem", "warning"] = "problem" if asked else "warning"
     if torch.gpus:
-        wanted = int(settings.device.partition(":")[2] or 0)
-        gpu = next((gpu for gpu in torch.gpus if gpu.index == wanted), None)
-        if gpu is None:
-            last = torch.gpus[-1].index
-            sentence = f"--device {settings.device} names a GPU that isn't there: the last one is cuda:{last}."
-            return [Finding(level="problem", sentence=sentence, fix=f"{own_command()} doctor --device cuda:{last}")]
-        if gpu.error is not None:
-            return [Finding(level="problem", sentence=f"{gpu.name} can't be used: {gpu.error}.", fix="nvidia-smi")]
-        return []
+        return [finding for index in _wanted(settings) for finding in _gpu_finding(index, torch, settings)]
     if not present:
         if not asked:
             return []
@@ -166,6 +160,28 @@ def gpu_findings(machine: Machine, torch: TorchView, settings: Settings, visible
     return [Finding(level=level, sentence=sentence, fix=_INSTALL_DRIVER)]
 
 
+def _wanted(settings: Settings) -> Sequence[int]:
+    """The numbers of the GPUs that would be used, if there are any."""
+    named = settings.devices
+    if len(named) == 1 and ":" not in named[0]:
+        return range(count_engines(settings))
+    return [int(name.partition(":")[2]) for name in named]
+
+
+def _gpu_finding(index: int, torch: TorchView, settings: Settings) -> list[Finding]:
+    gpu = next((gpu for gpu in torch.gpus if gpu.index == index), None)
+    if gpu is None:
+        last = torch.gpus[-1].index
+        if ":" in settings.device:
+            sentence = f"--device {settings.device} names a GPU that isn't there: the last one is cuda:{last}."
+            return [Finding(level="problem", sentence=sentence, fix=f"{own_command()} doctor --device cuda:{last}")]
+        sentence = f"Engine {index + 1} of {count_engines(settings)} would need cuda:{index}: the last is cuda:{last}."
+        return [Finding(level="problem", sentence=sentence, fix=f"{own_command()} serve --engines {len(torch.gpus)}")]
+    if gpu.error is not None:
+        return [Finding(level="problem", sentence=f"{gpu.name} can't be used: {gpu.error}.", fix="nvidia-smi")]
+    return []
+
+
 def process_findings(machine: Machine, choice: Choice, settings: Settings, *, port_taken: bool) -> list[Finding]:
     """Limits and neighbours that a running server would meet."""
     findings = []
@@ -180,7 +196,7 @@ def process_findings(machine: Machine, choice: Choice, settings: Settings, *, po
         )
     quota = machine.cpu_quota
     if not choice.memory.is_gpu and not settings.threads and quota is not None and quota < machine.allowed_cores:
-        threads = max(1, int(quota))
+        threads = max(1, int(quota / count_engines(settings)))
         findings.append(
             Finding(
                 level="warning",

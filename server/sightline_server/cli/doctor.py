@@ -43,7 +43,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "model", nargs="?", default="", metavar="MODEL_DIR", help="checkpoint (default: the demo model)"
     )
-    parser.add_argument("--device", metavar="DEVICE", help="plan for auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument(
+        "--device", metavar="DEVICE", help="plan for auto, cpu, cuda, cuda:N or cuda:0,cuda:1 (default: auto)"
+    )
+    parser.add_argument("--engines", metavar="N", help="plan for so many engines")
     parser.add_argument("--quantize", choices=("none", "int8", "nf4"), help="plan for weights quantized at load")
     parser.add_argument(
         "--gpu-memory",
@@ -60,7 +63,9 @@ def run(args: argparse.Namespace) -> int:
     """Exit code: 0 when the model can be served on this machine, 1 when not, 2 for settings that can't be used."""
     flags = {"model": args.model}
     flags |= {
-        name: given for name in ("device", "quantize", "gpu_memory", "verify") if (given := getattr(args, name, None))
+        name: given
+        for name in ("device", "engines", "quantize", "gpu_memory", "verify")
+        if (given := getattr(args, name, None))
     }
     try:
         settings = settings_table.load(flags)
@@ -101,7 +106,9 @@ def examine(settings: Settings) -> Report:
         findings.append(Finding(level="warning", sentence=sentence, fix=fix))
     elif settings.verify and checkpoint is not None and not any(finding.level == "problem" for finding in findings):
         with LoadingProgress() as progress:
-            verification = ask_engine(folder, settings, progress)
+            # Weights are checked by one engine, as the server has it.
+            alone = settings_table.replace(settings, device=settings.devices[0], engines=1)
+            verification = ask_engine(folder, alone, progress)
     return Report(
         machine=machine,
         versions=versions,

@@ -18,6 +18,7 @@ from sightline_server.cli.fit import TEXT_TOKENS, Fit
 from sightline_server.cli.machine import Machine, TorchView
 from sightline_server.cli.terminal import own_command, size
 from sightline_server.cli.verified import lines_of
+from sightline_server.engine.placement import count_engines
 from sightline_server.engine.types import Verification
 from sightline_server.settings import Settings
 
@@ -137,13 +138,15 @@ class Report:
         if served.fits:
             how = f"{gpu_cache}, estimated" if self.choice.memory.is_gpu else cpu_cache
             cache += f", room for {served.cache_tokens:,} tokens ({how})"
+        engines = count_engines(self.settings)
+        weights = f"weights {size(served.weight_bytes)}" + (f" in each of {engines} engines" if engines > 1 else "")
         context = f"{served.max_context:,} tokens a request at most" if served.fits else "none: it doesn't fit"
         return [
             ("name", checkpoint.name),
             ("folder", str(checkpoint.folder)),
             ("kind", f"{config.architecture}, {_count(parameters)} parameters"),
             ("on disk", f"{size(checkpoint.disk_bytes)} in {files}, {_kept(config.quantization, config.dtype)}"),
-            ("served", f"in {_kept(served.precision, served.rest)}: weights {size(served.weight_bytes)}"),
+            ("served", f"in {_kept(served.precision, served.rest)}: {weights}"),
             ("cache", cache),
             ("context", f"{context}; a picture takes {config.num_image_tokens}"),
         ]

@@ -9,10 +9,14 @@ from sightline_models.config import VlmConfig
 from sightline_models.parameter_count import QUANTIZED_BITS, kv_bytes_per_token, weight_bytes
 from sightline_server.engine.bounds import images_per_step, running_requests, step_tokens
 from sightline_server.engine.gpu_memory import Needs, bytes_of_recordings, room_for_cache
+from sightline_server.engine.placement import count_engines
 from sightline_server.settings import Settings
 
 PROCESSES_BYTES = 900 * 2**20
 """Resident memory of the API, two decode workers and an engine with torch loaded, before any weights."""
+
+ENGINE_BYTES = 500 * 2**20
+"""Of that, the engine's: so much more for each further one."""
 
 CONTEXT_BYTES = 2**29
 """What driver and libraries take of a GPU for a process, before any weights. A guess."""
@@ -48,9 +52,10 @@ class Fit:
     weight_bytes: int
     kv_bytes_per_token: int
     needed_bytes: int
-    """Free memory it takes: on a CPU with the whole cache, on a GPU with a cache for one longest request."""
+    """Free memory it takes: on a CPU for all engines with their cache, on a GPU for one with a cache for one longest
+    request."""
     kv_bytes: int
-    """The whole cache, a block for rows that pad a step among it; 0 when it doesn't fit."""
+    """The whole cache, of all engines, a block of each for rows that pad a step among it; 0 when it doesn't fit."""
     cache_tokens: int
     """Tokens that all requests together can keep; 0 when it doesn't fit."""
     max_context: int
@@ -63,7 +68,11 @@ class Fit:
 def plan(
     model: str, config: VlmConfig, precision: str, memory: Memory, settings: Settings, *, rest: str = "bfloat16"
 ) -> Fit:
-    """How ``model`` would lie in ``memory`` under ``settings``; ``rest`` counts where ``precision`` is quantized."""
+    """How ``model`` would lie in ``memory`` under ``settings``; ``rest`` counts where ``precision`` is quantized.
+
+    Several engines divide a CPU's memory; of GPUs each has one, taken to be as large as ``memory``.
+    """
+    engines = count_engines(settings)
     rest = rest if precision in QUANTIZED_BITS else precision
     weights = weight_bytes(config, precision, rest, on_cpu=not memory.is_gpu, vision=settings.quantize_vision)
     a_token = kv_bytes_per_token(config.decoder, rest)
@@ -94,8 +103,8 @@ def plan(
             cache = int(memory.total * settings.gpu_memory_utilization) - others - needs.beside_cache
         fits = True
     else:
-        cache = int(settings.cpu_cache_gb * 2**30)
-        needed = weights + step + cache + PROCESSES_BYTES
+        cache = int(settings.cpu_cache_gb / engines * 2**30)
+        needed = engines * (weights + step + cache) + PROCESSES_BYTES + (engines - 1) * ENGINE_BYTES
         fits = needed <= memory.free
     # One block is the engine's own, for rows that pad a step.
     blocks = cache // a_block - 1
@@ -110,10 +119,10 @@ def plan(
         weight_bytes=weights,
         kv_bytes_per_token=a_token,
         needed_bytes=needed,
-        kv_bytes=(blocks + 1) * a_block if fits else 0,
-        cache_tokens=tokens,
+        kv_bytes=engines * (blocks + 1) * a_block if fits else 0,
+        cache_tokens=engines * tokens,
         max_context=min(longest, tokens),
-        requests=min(blocks // a_request, running_requests(settings, on_gpu=memory.is_gpu)),
+        requests=engines * min(blocks // a_request, running_requests(settings, on_gpu=memory.is_gpu)),
         fits=fits,
     )
 

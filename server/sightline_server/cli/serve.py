@@ -26,7 +26,8 @@ from sightline_server.chat.model import ServedModel
 from sightline_server.cli.announce import LoadingProgress, ReadyServer
 from sightline_server.cli.lifetime import HttpServer, ServeError, StopSignals, allow_many_connections, first_of, listen
 from sightline_server.cli.terminal import complain
-from sightline_server.engine.client import EngineProcess, EngineStartError
+from sightline_server.engine.client import EngineStartError
+from sightline_server.engine.fleet import make_engines
 from sightline_server.errors import ServerFault
 from sightline_server.settings import Settings, SettingsError
 
@@ -115,7 +116,7 @@ async def _serve(settings: Settings, folder: Path, kept: contextlib.ExitStack) -
     listener = listen(settings.host, settings.port)
     allow_many_connections()
     progress = LoadingProgress()
-    engine = EngineProcess(folder, settings, on_progress=progress)
+    engine = make_engines(folder, settings, on_progress=progress)
     images = DecodePool(
         model.preprocess,
         workers=settings.decode_workers or max(1, len(os.sched_getaffinity(0)) // 2),

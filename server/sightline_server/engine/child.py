@@ -175,8 +175,7 @@ class ChildProcess:
                 self._commands.connect(f"ipc://{self._folder}/commands")
             case wire.Ready(info):
                 self._loaded = True
-                on_gpu = info.device.startswith("cuda")
-                self._step_limit_s = self._patience.gpu_step_s if on_gpu else self._patience.cpu_step_s
+                self._step_limit_s = self._patience.gpu_step_s if info.on_gpu else self._patience.cpu_step_s
             case wire.Heartbeat(step_seconds):
                 if self._loaded:
                     # All connections stand: nobody else can make one any more, and nothing is left to clean up.

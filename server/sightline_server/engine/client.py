@@ -48,17 +48,24 @@ class EngineStartError(RuntimeError):
 class EngineClient(Protocol):
     """What the API asks of an engine, be it a process (``EngineProcess``) or a test's fake."""
 
-    restarts: int
-
     @property
     def ready(self) -> bool: ...
+    @property
+    def num_ready(self) -> int:
+        """Engines behind it that answer."""
+        return int(self.ready)
+
+    @property
+    def restarts(self) -> int:
+        """Times an engine was started again."""
+
     @property
     def info(self) -> EngineInfo | None:
         """What was loaded; None until first ready."""
 
     @property
     def stats(self) -> EngineStats:
-        """The latest figures."""
+        """The latest figures. Totals never fall, though an engine is started again."""
 
     async def start(self) -> None:
         """Starts loading; returns at once."""
@@ -115,6 +122,8 @@ class EngineProcess(EngineClient):
     raises and nothing is tried again. After that, every death is followed by a restart.
     """
 
+    restarts = 0
+
     def __init__(
         self,
         folder: Path,
@@ -126,7 +135,6 @@ class EngineProcess(EngineClient):
         patience: Patience | None = None,
     ) -> None:
         """``factory`` is the ``module:function`` that makes the engine; None is the true one."""
-        self.restarts = 0
         self._folder = folder
         # The engine has no use for secrets.
         self._settings = settings_table.replace(settings, api_key=(), api_key_file="")
@@ -144,6 +152,7 @@ class EngineProcess(EngineClient):
         self._closing = False
         self._info: EngineInfo | None = None
         self._stats = EngineStats()
+        self._past = EngineStats()
         self._adds_sent = 0
         self._adds_taken = 0
         self._next_start = 0.0
@@ -158,7 +167,12 @@ class EngineProcess(EngineClient):
 
     @property
     def stats(self) -> EngineStats:
-        return self._stats
+        return self._past + self._stats
+
+    @property
+    def in_flight(self) -> int:
+        """Requests submitted that haven't ended."""
+        return len(self._flights)
 
     @property
     def pid(self) -> int | None:
@@ -229,11 +243,7 @@ class EngineProcess(EngineClient):
             )
         waiting = self._stats.waiting + self._adds_sent - self._adds_taken
         if waiting >= self._settings.max_queue:
-            raise Unavailable(
-                f"The queue of {self._settings.max_queue} waiting requests is full. Try again later.",
-                code="server_is_overloaded",
-                retry_after_s=OVERLOADED_RETRY_S,
-            )
+            raise queue_is_full(self._settings.max_queue)
         return self._child
 
     # What the process reports
@@ -338,7 +348,7 @@ class EngineProcess(EngineClient):
             return 0.0
         log.error("The engine process %s.%s", how, _advice(how))
         self._settled.clear()
-        self._stats = EngineStats()
+        self._past, self._stats = self._past + self._stats.totals, EngineStats()
         self._end_flights("The engine stopped in the middle of this request and is restarting. Send the request again.")
         return 0.0 if self._ready_at is None else asyncio.get_running_loop().time() - self._ready_at
 
@@ -346,6 +356,14 @@ class EngineProcess(EngineClient):
         """No process will follow: ``wait_ready`` raises from now on."""
         self._failure = self._failure or message
         self._settled.set()
+
+
+def queue_is_full(max_queue: int) -> Unavailable:
+    return Unavailable(
+        f"The queue of {max_queue} waiting requests is full. Try again later.",
+        code="server_is_overloaded",
+        retry_after_s=OVERLOADED_RETRY_S,
+    )
 
 
 def _advice(how: str) -> str:

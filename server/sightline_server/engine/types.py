@@ -123,7 +123,7 @@ Event = TokenEvent | FinishEvent | PixelsWanted
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """Gauges are current; ``*_total`` only ever grow while the engine process lives."""
+    """Gauges are current; ``*_total`` only ever grow while the engine process lives. Those of several add up."""
 
     running: int = 0
     waiting: int = 0
@@ -143,6 +143,14 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     steps_total: int = 0
     graph_steps_total: int = 0
     """Steps of decodes that were replayed from a graph."""
+
+    def __add__(self, other: "EngineStats") -> "EngineStats":
+        return EngineStats(**{name: getattr(self, name) + getattr(other, name) for name in self.__struct_fields__})
+
+    @property
+    def totals(self) -> "EngineStats":
+        """What is left when the engine is gone: no gauge."""
+        return msgspec.structs.replace(self, running=0, waiting=0, blocks_used=0, blocks_total=0)
 
 
 class Pace(msgspec.Struct, frozen=True, kw_only=True):
@@ -194,6 +202,10 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def kv_tokens(self) -> int:
         return self.num_blocks * self.block_size
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.startswith("cuda")
 
 
 @dataclass(frozen=True, kw_only=True)
