@@ -7,6 +7,7 @@ signals. Knows nothing of what a request holds, and never imports torch: the eng
 import argparse
 import asyncio
 import contextlib
+import gc
 import os
 import tempfile
 from collections.abc import Callable
@@ -132,6 +133,9 @@ async def _serve(settings: Settings, folder: Path, kept: contextlib.ExitStack) -
             await images.start()
             await engine.wait_ready()
         assert engine.info is not None
+        # What stands by now stays: the collector need not walk through it again and again between requests.
+        gc.collect()
+        gc.freeze()
         ready = ReadyServer(
             name=model.names[0],
             architecture=model.config.architecture,
