@@ -74,6 +74,8 @@ class ChoiceText:
 
     def _advance(self) -> TextDelta:
         """Show all that can't be part of a stop string any more."""
+        if not self._stop:
+            return self._show(len(self._held))
         found = min((at for at in map(self._held.find, self._stop) if at >= 0), default=-1)
         if found >= 0:
             self.finished = self.stopped = True
