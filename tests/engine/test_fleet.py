@@ -1,23 +1,18 @@
 """Several engines as one: who gets a request, what becomes of it when its engine dies, and what all add up to."""
 
 import asyncio
-import os
-import signal
-import tempfile
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
-import psutil
 import pytest
 import worker_engines
 
 from sightline_server.engine.affinity import BLOCK_TOKENS, SLACK
-from sightline_server.engine.client import EngineClient, EngineProcess, EngineStartError, PixelSource, RestartPolicy
-from sightline_server.engine.fleet import EngineFleet, combine, make_engines
+from sightline_server.engine.client import EngineClient, EngineStartError, PixelSource
+from sightline_server.engine.fleet import EngineFleet, combine
 from sightline_server.engine.types import (
     EngineInfo,
     EngineStats,
@@ -34,7 +29,6 @@ from sightline_server.settings import Settings
 
 Events = list[TokenEvent | FinishEvent]
 INFO = worker_engines.INFO
-FAST = RestartPolicy(unit_s=0.05, longest_s=0.2)
 
 
 class FakeMember(EngineClient):
@@ -160,7 +154,7 @@ async def under_way(engine: EngineClient, *wanted: Request) -> "list[asyncio.Tas
 
 async def eventually(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
     async with asyncio.timeout(timeout_s):
-        while not condition():  # noqa: ASYNC110 - what is awaited happens in another process
+        while not condition():  # noqa: ASYNC110 - what is awaited is another task's doing
             await asyncio.sleep(0.01)
 
 
@@ -357,56 +351,3 @@ async def test_figures_add_up_and_a_request_must_fit_any_engine() -> None:
     assert fleet.info.device == "cpu (fake), 2 engines"
     assert fleet.info.parameters == INFO.parameters
     assert combine([INFO]) == INFO
-
-
-async def test_E4_two_true_processes_lose_only_what_one_had_and_totals_never_fall(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(worker_engines.__file__).parent))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    settings = Settings(engines=2, device="cpu")
-    processes = [EngineProcess(tmp_path, settings, factory="worker_engines:counting", policy=FAST) for _ in range(2)]
-    fleet = EngineFleet(processes[0], lambda _: processes[1:], settings)
-    await fleet.start()
-    await fleet.wait_ready(60)
-    try:
-        victim = psutil.Process(processes[0].pid)
-        tasks = [asyncio.create_task(collect(fleet, request(f"r{n}", max_tokens=200))) for n in range(8)]
-        await eventually(lambda: fleet.stats.running == 8)
-        assert [process.in_flight for process in processes] == [4, 4]
-        before = fleet.stats.steps_total
-        os.kill(victim.pid, signal.SIGKILL)
-        ends = [events[-1] for events in await asyncio.gather(*tasks)]
-        assert all(isinstance(end, FinishEvent) for end in ends)
-        codes = [end.error_code for end in ends if isinstance(end, FinishEvent)]
-        assert sorted(codes, key=str) == [None] * 4 + ["engine_restarting"] * 4
-        assert fleet.ready
-        assert fleet.stats.steps_total >= before
-        assert fleet.stats.blocks_total <= 2 * INFO.num_blocks
-        await eventually(lambda: fleet.num_ready == 2)
-        assert fleet.restarts == 1
-        assert fleet.stats.steps_total >= before
-        assert len(await collect(fleet, request("next"))) == 6
-    finally:
-        await fleet.close()
-    assert [process.pid for process in processes] == [None, None]
-
-
-async def test_one_engine_is_a_process_and_several_are_told_apart_while_they_load(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(worker_engines.__file__).parent))
-    assert isinstance(make_engines(tmp_path, Settings()), EngineProcess)
-    stages: list[str] = []
-    fleet = make_engines(
-        tmp_path,
-        Settings(engines=2, device="cpu"),
-        on_progress=lambda stage, _: stages.append(stage),
-        factory="worker_engines:counting",
-    )
-    await fleet.start()
-    try:
-        await fleet.wait_ready(60)
-    finally:
-        await fleet.close()
-    assert list(dict.fromkeys(stages)) == ["engine 1 of 2: weights", "engine 2 of 2: weights"]

@@ -15,10 +15,10 @@ from PIL import Image
 # The tools are no package: scripts start them from the checkout, and so does this test.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks import gate, reference, suite, systems
+from benchmarks import gate, reference, suite, systems, tables
 from benchmarks.gate import Kind, Reference, Verdict
 from benchmarks.servers import Server, ServerError
-from benchmarks.systems import Choice, System, Tried, choose
+from benchmarks.systems import OUR_THREADS, Choice, System, Tried, choose
 
 from sightline_models import tiny
 
@@ -204,6 +204,36 @@ def test_the_deterministic_row_differs_by_its_flag_alone() -> None:
     made = systems.ours_deterministic(Path("there"), [], like)
     assert (made.settings, made.threads, made.concurrencies) == (("bfloat16",), ("1",), (8,))
     assert Choice(made).best is None
+
+
+@pytest.mark.parametrize(
+    ("threads", "flags"),
+    [("default", []), ("1", ["--threads", "1"]), (systems.TWO_ENGINES, ["--engines", "2"])],
+)
+def test_threads_and_engines_are_told_to_our_server(
+    threads: str, flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[list[str]] = []
+
+    @contextlib.contextmanager
+    def running(_name: str, command: list[str], **_options: Any) -> Iterator[None]:
+        started.append(command)
+        yield
+
+    monkeypatch.setattr(systems, "running", running)
+    for made in (systems.ours(Path("there"), []), systems.ours_int8(Path("there"), [])):
+        assert threads in made.threads
+        with made.start("bfloat16", threads):
+            command = started.pop()
+        told = command[command.index("bfloat16") + 1 :]
+        assert told[: len(flags)] == flags
+        assert ("--engines" in told) == (threads == systems.TWO_ENGINES)
+
+
+def test_a_row_says_what_its_server_was_started_with() -> None:
+    told = {threads: tables.started_with({"setting": "bfloat16", "threads": threads}) for threads in OUR_THREADS}
+    assert told == {"default": "bfloat16", "1": "bfloat16, 1 thread", "2 engines": "bfloat16, 2 engines"}
+    assert tables.started_with({"setting": "auto", "threads": "4"}) == "the checkpoint's precision, 4 threads"
 
 
 class FakeBench:
