@@ -162,7 +162,8 @@ class EngineFleet(EngineClient):
         except EngineStartError as error:
             if index == 0:
                 raise
-            raise EngineStartError(f"Engine {index + 1} of {count_engines(self._settings)}: {error}") from error
+            told = f"Engine {index + 1} of {count_engines(self._settings)}: {error}"
+            raise EngineStartError(f"{told} To have fewer, lower --engines or name fewer GPUs.") from error
 
     async def _wait_for_any(self) -> None:
         waits = [asyncio.ensure_future(member.wait_ready()) for member in self._members]
