@@ -154,7 +154,7 @@ class Comparison:
             verdict = (
                 "" if one.gate is None else f"; {'passed' if one.passed else 'FAILED the gate, no speed'}: {one.gate}"
             )
-            self._say(f"{system.label}, {one.setting}, threads {one.threads}{rate}{verdict}")
+            self._say(f"{system.label}, {tables.started_with(one.to_json())}{rate}{verdict}")
         return choice
 
     def _check(self, system: System, setting: str, server: Server) -> gate.Verdict:
