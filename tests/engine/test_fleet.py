@@ -288,7 +288,9 @@ async def test_on_gpus_all_but_the_first_load_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("failing", "sentence"), [(0, r"^No memory\.$"), (1, r"^Engine 2 of 2: No memory\. To have fewer, lower")], ids=["first", "second"]
+    ("failing", "sentence"),
+    [(0, r"^No memory\.$"), (1, r"^Engine 2 of 2: No memory\. To have fewer, lower")],
+    ids=["first", "second"],
 )
 async def test_a_first_start_that_fails_is_the_operators_to_see(failing: int, sentence: str) -> None:
     members = [FakeMember(failure="No memory." if index == failing else None) for index in range(2)]
