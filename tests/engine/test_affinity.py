@@ -39,7 +39,7 @@ def test_pictures_tell_prompts_apart_and_bring_equal_ones_together() -> None:
     assert memory.known(prompt_hashes(request(look + text(1), picture=b"dog"))) == [0, 0]
 
 
-def test_K9_what_one_tenant_sent_draws_no_request_of_another() -> None:
+def test_what_one_tenant_sent_draws_no_request_of_another() -> None:
     memory = PrefixMemory(2)
     memory.note(prompt_hashes(request(text(4), salt=b"one")), 1)
     assert memory.known(prompt_hashes(request(text(4), salt=b"other"))) == [0, 0]
