@@ -14,18 +14,21 @@ from sightline_kernels.dispatch import REFERENCES, Kernels, Workload, can_build_
 from sightline_kernels.layout import PagedLayout
 from sightline_models.config import DecoderConfig, RopeConfig
 from sightline_models.kv import KvPool
-from sightline_models.layers import DecoderLayer, Linear, RmsNormWeight
+from sightline_models.layers import DecoderLayer, Linear, RmsNorm
 from sightline_models.quantization_config import Quantization
 
 
 class Decoder(nn.Module):
+    cos_MD: Tensor
+    sin_MD: Tensor
+
     def __init__(self, config: DecoderConfig, kernels: Kernels = REFERENCES) -> None:
         super().__init__()
         self.config = config
         self.kernels = kernels
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, kernels) for _ in range(config.num_layers))
-        self.norm = RmsNormWeight(config.hidden_size)
+        self.norm = RmsNorm(config, kernels)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
@@ -44,14 +47,14 @@ class Decoder(nn.Module):
 
     def forward(self, hidden_TW: Tensor, positions_T: Tensor, kv: KvPool, layout: PagedLayout) -> Tensor:
         """Run all layers, storing keys and values at ``layout.slots_T``; return the normed hidden_TW."""
-        cos_TD = self.get_buffer("cos_MD")[positions_T]
-        sin_TD = self.get_buffer("sin_MD")[positions_T]
+        cos_TD = self.cos_MD.index_select(0, positions_T)
+        sin_TD = self.sin_MD.index_select(0, positions_T)
         x_TW, residual_TW = hidden_TW, None
         for layer, k_cache_NPGD, v_cache_NPGD in zip(
             self.layers, kv.k_LNPGD.unbind(0), kv.v_LNPGD.unbind(0), strict=True
         ):
             x_TW, residual_TW = layer(x_TW, residual_TW, cos_TD, sin_TD, k_cache_NPGD, v_cache_NPGD, layout)
-        normed_TW, _ = self.kernels.add_rms_norm(x_TW, residual_TW, self.norm.weight, self.config.rms_norm_eps)
+        normed_TW: Tensor = self.norm(x_TW, residual_TW)[0]
         return normed_TW
 
     def logits(self, hidden_SW: Tensor) -> Tensor:

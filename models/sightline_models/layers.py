@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from sightline_kernels.dispatch import Kernels
 from sightline_kernels.layout import PagedLayout
-from sightline_kernels.linear.reference import can_pack, linear, pack
+from sightline_kernels.linear.reference import can_pack, linear, multiply_row, pack
 from sightline_kernels.quick_gelu.reference import quick_gelu
+from sightline_kernels.rms_norm import on_cpu as rms_norm_on_cpu
+from sightline_kernels.rms_norm.reference import add_rms_norm
 from sightline_models.config import DecoderConfig
 
 
@@ -32,25 +34,29 @@ ACTIVATION_FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 """One for every name in ``config.ACTIVATIONS``."""
 
 
-# oneDNN takes about 8 us to set out, which on one row of a weight this small is more than it saves.
-_SMALL_BYTES = 2**20
+# oneDNN takes about 8 us to set out, and on one row of a weight this small more than it saves.
+_SMALL = 3 * 2**17
 
 
 class Linear(nn.Linear):
     """A linear layer whose weight may be packed once it is final."""
 
-    small: Tensor | None = None
-    """The weight as it was before packing, kept for single rows if it is small."""
+    alone_IO: Tensor | None = None
+    """A small weight in float32, turned for products with a single row."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.small is not None and x.numel() == self.in_features:
-            return linear(x, self.small, self.bias)
+        if self.alone_IO is not None and x.dim() == 2 and len(x) == 1:
+            return multiply_row(x, self.alone_IO, self.bias)
         return linear(x, self.weight, self.bias)
 
-    def pack(self) -> None:
-        """Replace the weight by one in the order this device multiplies fastest, where there is such an order."""
+    def pack(self, *, for_single_rows: bool) -> None:
+        """Replace the weight by one in the order this device multiplies fastest, where there is such an order.
+
+        ``for_single_rows`` keeps a second copy for inputs of one row, if the weight is small.
+        """
         if can_pack(self.weight):
-            self.small = self.weight.detach() if self.weight.nbytes <= _SMALL_BYTES else None
+            if for_single_rows and self.weight.numel() <= _SMALL:
+                self.alone_IO = self.weight.detach().t().float().contiguous()
             self.weight = nn.Parameter(pack(self.weight), requires_grad=False)
 
 
@@ -101,12 +107,26 @@ class FeedForward(nn.Module):
         return projected
 
 
-class RmsNormWeight(nn.Module):
-    """The learned scale of one RMS norm; the arithmetic is the kernels'."""
+class RmsNorm(nn.Module):
+    """Adds to the residual stream and norms the sum, with a learned scale."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, config: DecoderConfig, kernels: Kernels) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = config.rms_norm_eps
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+        self.packed: Tensor | None = None
+        self.add_rms_norm = kernels.add_rms_norm
+
+    def forward(self, x_TW: Tensor, residual_TW: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return ``(normed_TW, residual_TW)``."""
+        if self.packed is not None:
+            return rms_norm_on_cpu.add_rms_norm(x_TW, residual_TW, self.packed, self.eps)
+        return self.add_rms_norm(x_TW, residual_TW, self.weight, self.eps)
+
+    def pack(self) -> None:
+        """Take the way that is shorter on a CPU, where there is one."""
+        if self.add_rms_norm is add_rms_norm and rms_norm_on_cpu.can_pack(self.weight):
+            self.packed = rms_norm_on_cpu.pack(self.weight.detach())
 
 
 class DecoderLayer(nn.Module):
@@ -114,11 +134,9 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: DecoderConfig, kernels: Kernels) -> None:
         super().__init__()
-        self.kernels = kernels
-        self.eps = config.rms_norm_eps
-        self.input_norm = RmsNormWeight(config.hidden_size)
+        self.input_norm = RmsNorm(config, kernels)
         self.attention = Attention(config, kernels)
-        self.post_norm = RmsNormWeight(config.hidden_size)
+        self.post_norm = RmsNorm(config, kernels)
         self.feed_forward = FeedForward(config, kernels)
 
     def forward(
@@ -132,7 +150,7 @@ class DecoderLayer(nn.Module):
         layout: PagedLayout,
     ) -> tuple[Tensor, Tensor]:
         """Return this layer's contribution, not yet added, and the residual stream it is to be added to."""
-        normed_TW, residual_TW = self.kernels.add_rms_norm(x_TW, residual_TW, self.input_norm.weight, self.eps)
+        normed_TW, residual_TW = self.input_norm(x_TW, residual_TW)
         x_TW = self.attention(normed_TW, cos_TD, sin_TD, k_cache_NPGD, v_cache_NPGD, layout)
-        normed_TW, residual_TW = self.kernels.add_rms_norm(x_TW, residual_TW, self.post_norm.weight, self.eps)
+        normed_TW, residual_TW = self.post_norm(x_TW, residual_TW)
         return self.feed_forward(normed_TW), residual_TW

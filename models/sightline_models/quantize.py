@@ -55,19 +55,22 @@ class Int8Linear(nn.Module):
     def __init__(self, weight: Int8Weight, bias: nn.Parameter | None, kernels: Kernels) -> None:
         super().__init__()
         self.multiply = kernels.int8_linear
+        self.scales: int8_on_cpu.Scales | None = None
         self.out_features, self.in_features = weight.codes_OI.shape
         self.register_buffer("codes_OI", weight.codes_OI)
         self.register_buffer("absmax_O", weight.absmax_O)
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.scales is not None:
+            return int8_on_cpu.int8_linear(x, self.codes_OI, self.absmax_O, self.bias, self.scales)
         return self.multiply(x, self.codes_OI, self.absmax_O, self.bias)
 
     def pack(self) -> None:
         """Multiply as this CPU does it fastest, if it is one that can, and keep the codes in the order it likes."""
         if self.multiply is int8.int8_linear and int8_on_cpu.can_multiply(self.codes_OI):
             self.codes_OI = int8_on_cpu.pack(self.codes_OI)
-            self.multiply = int8_on_cpu.int8_linear
+            self.scales = int8_on_cpu.scales_of(self.absmax_O)
 
 
 class Nf4Linear(nn.Module):

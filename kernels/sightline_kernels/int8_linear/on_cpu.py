@@ -8,6 +8,8 @@ so weights are read once; a row's result doesn't depend on others. Where little 
 Knows nothing of layers or files. Suffixes: I input width, O output width, R rows of input, X = digits * R.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -58,22 +60,39 @@ def pack(codes_OI: Tensor) -> Tensor:
     return codes_OI if codes_OI.numel() <= _MOST_UNPACKED else _pack(codes_OI)
 
 
-def int8_linear(x_I: Tensor, codes_OI: Tensor, absmax_O: Tensor, bias_O: Tensor | None) -> Tensor:
+@dataclass(frozen=True)
+class Scales:
+    """What codes are multiplied by, one number a row."""
+
+    float32_O: Tensor
+    bfloat16_O: Tensor
+
+
+def scales_of(absmax_O: Tensor) -> Scales:
+    scale_O = absmax_O / 127.0
+    return Scales(scale_O, scale_O.to(torch.bfloat16))
+
+
+def int8_linear(
+    x_I: Tensor, codes_OI: Tensor, absmax_O: Tensor, bias_O: Tensor | None, scales: Scales | None = None
+) -> Tensor:
     """What ``reference.int8_linear`` computes, for codes that are packed or not.
 
     With ``largest`` the largest magnitude of a row of input, each number of the row is taken for one no further off
     than ``largest / 64000`` in half precision, and in float32 than ``largest / 2**31`` beside its own last bit. Sums
     are as exact as float32's.
     A row that holds a NaN or an infinity gives one without finite numbers, and other rows don't know of it.
+    ``scales`` are those of ``absmax_O``, where they were made before.
     """
     if x_I.dtype not in _DIGITS:
         assert not codes_OI.is_mkldnn, f"packed codes are multiplied in {list(_DIGITS)}, not in {x_I.dtype}"
         return reference.int8_linear(x_I, codes_OI, absmax_O, bias_O)
     x_RI = x_I.reshape(-1, x_I.shape[-1])
-    scale_O = absmax_O / 127.0
+    scales = scales or scales_of(absmax_O)
+    scale_O = scales.float32_O
     if _is_better_dotted(x_RI, codes_OI):
         # No weight is further off for its rounded scale than it would be if it were rounded itself.
-        y_RO = torch._weight_int8pack_mm(x_RI.contiguous(), codes_OI, scale_O.to(torch.bfloat16))
+        y_RO = torch._weight_int8pack_mm(x_RI.contiguous(), codes_OI, scales.bfloat16_O)
     elif _is_better_whole(x_RI, codes_OI):
         y_RO = F.linear(x_RI, codes_OI.to(x_I.dtype)).mul_(scale_O)
     else:

@@ -27,3 +27,10 @@ def linear(x_I: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         return F.linear(x_I, weight_OI, bias_O)
     y_O: Tensor = torch.ops.mkldnn._linear_pointwise(x_I, weight_OI, bias_O, "none", [], "")
     return y_O
+
+
+def multiply_row(x_1I: Tensor, weight_IO: Tensor, bias_O: Tensor | None) -> Tensor:
+    """What ``linear`` returns for a single row [1, I], by a float32 weight turned round: nothing to set out."""
+    if x_1I.dtype != torch.float32:
+        return multiply_row(x_1I.float(), weight_IO, bias_O).to(x_1I.dtype)
+    return torch.mm(x_1I, weight_IO) if bias_O is None else torch.addmm(bias_O.float(), x_1I, weight_IO)

@@ -8,10 +8,10 @@ and zero elsewhere. Suffixes as in ``layout.py``; K keys a row (padded to whole 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sightline_kernels.layout import PagedLayout
+from sightline_kernels.paged_attention.places import locate, sum_rows
 
 MOST_KV_HEADS = 8
 """The zeros are multiplied too: beyond this many key heads they cost more than the gather saves."""
@@ -26,13 +26,15 @@ class BlockKeys:
     """Where the keys of the decode rows lie."""
 
     blocks_X: Tensor
-    """int64 [B * blocks a row]: the rows' blocks, one row after another."""
-    table_rows_XK: Tensor
-    """int32 [B * H, K] into the cache seen as [N * P * G, D]; past a row's context, the row of its last key again."""
+    """int32 [B * blocks a row]: the rows' blocks, one row after another."""
+    table_rows_X: Tensor
+    """int32 [B * H * K] into the cache seen as [N * P * G, D]; past a row's context, the row of its last key again."""
+    starts_Y: Tensor
+    """int32 [B * H]: where the table rows of each begin."""
     past_B1K: Tensor
     """Whether a key lies past the row's context."""
     own_HG1: Tensor
-    """Whether a query head attends to a key head."""
+    """1 where a query head attends to a key head, else 0."""
 
 
 def locate_blocks(layout: PagedLayout, num_heads: int, cache_NPGD: Tensor) -> BlockKeys:
@@ -40,17 +42,16 @@ def locate_blocks(layout: PagedLayout, num_heads: int, cache_NPGD: Tensor) -> Bl
     _, block_size, num_kv_heads, _ = cache_NPGD.shape
     num_rows = layout.num_decodes
     width = -(-max(layout.context_lens[:num_rows]) // block_size)
-    blocks_BN = layout.block_table_BN[:num_rows, :width].long()
-    context_B1 = torch.tensor(layout.context_lens[:num_rows]).unsqueeze(1)
-    positions_K = torch.arange(width * block_size)
-    # Past its context a row sums its own last token with weight 0: whatever others left there, even NaN, stays out.
-    seen_BK = torch.minimum(positions_K, context_B1 - 1)
-    slots_BK = blocks_BN.gather(1, seen_BK // block_size) * block_size + seen_BK % block_size
-    heads_H = torch.arange(num_heads) // (num_heads // num_kv_heads)
-    table_rows_BHK = slots_BK.unsqueeze(1) * num_kv_heads + heads_H.unsqueeze(1)
-    past_B1K = (positions_K >= context_B1).unsqueeze(1)
-    own_HG1 = (heads_H.unsqueeze(1) == torch.arange(num_kv_heads)).unsqueeze(2)
-    return BlockKeys(blocks_BN.flatten(), table_rows_BHK.flatten(0, 1).int(), past_B1K, own_HG1)
+    num_keys = width * block_size
+    places = locate(layout, range(num_rows), layout.context_lens[:num_rows], num_keys)
+    heads_H1 = torch.arange(num_heads).div(num_heads // num_kv_heads, rounding_mode="floor").unsqueeze(1)
+    return BlockKeys(
+        layout.block_table_BN[:num_rows, :width].flatten(),
+        places.table_rows(num_heads, num_kv_heads),
+        torch.arange(num_rows * num_heads, dtype=torch.int32).mul_(num_keys),
+        torch.from_numpy(places.past_QK[:, None]),
+        (heads_H1 == torch.arange(num_kv_heads)).unsqueeze(2).to(cache_NPGD.dtype),
+    )
 
 
 def attend_by_blocks(
@@ -61,10 +62,8 @@ def attend_by_blocks(
     num_blocks, _, num_kv_heads, _ = k_cache_NPGD.shape
     columns = num_kv_heads * head_dim
     k_BKC = k_cache_NPGD.view(num_blocks, -1).index_select(0, keys.blocks_X).view(num_rows, -1, columns)
-    q_BHC = torch.where(keys.own_HG1, q_BHD.unsqueeze(2), 0.0).flatten(2)
+    q_BHC = (q_BHD.unsqueeze(2) * keys.own_HG1).flatten(2)
     scores_BHK = torch.bmm(q_BHC, k_BKC.transpose(1, 2)).float().mul_(scale)
     weights_BHK = scores_BHK.masked_fill_(keys.past_B1K, -torch.inf).softmax(dim=-1).to(q_BHD.dtype)
-    out_XD = F.embedding_bag(
-        keys.table_rows_XK, v_cache_NPGD.view(-1, head_dim), per_sample_weights=weights_BHK.flatten(0, 1), mode="sum"
-    )
-    return out_XD.view(num_rows, num_heads, head_dim)
+    out_YD = sum_rows(v_cache_NPGD.view(-1, head_dim), keys.table_rows_X, keys.starts_Y, weights_BHK.view(-1))
+    return out_YD.view(num_rows, num_heads, head_dim)

@@ -6,12 +6,20 @@ nothing back, so that a step can be captured in a graph with its sampling.
 Shape suffixes: B rows, V vocabulary, G groups of E tokens, X places that noise is drawn for.
 """
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sightline_kernels.sample.words_on_cpu import philox_words
+
 GROUP = 64
 """Neighbouring tokens that are first drawn as one."""
+
+Noise = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+"""``gumbel_noise``, or what stands in for it."""
 
 LARGEST_REST = 1 - 2.0**-24
 """The float32 next to 1."""
@@ -61,16 +69,24 @@ def gumbel_noise(seed_B: Tensor, choice_B: Tensor, position_B: Tensor, places: i
         choice_B, position_B: int64 in [0, 2**32).
     """
     num_quads = -(-places // 4)
+    if seed_B.is_cpu:
+        words_BX = philox_words(seed_B, choice_B, position_B, num_quads)[:, :places]
+        return _gumbel(torch.from_numpy(words_BX.astype(np.float32)))
     quads = torch.arange(num_quads, device=seed_B.device).expand(len(seed_B), num_quads)
     even = torch.stack((quads, choice_B[:, None].expand_as(quads)))
     odd = torch.stack((position_B[:, None].expand_as(quads), torch.zeros_like(quads)))
     key = torch.stack((seed_B, seed_B >> 32))[:, :, None] & _MASK
     words_02, words_13 = philox(even, odd, key)
     bits_BX = torch.stack((words_02, words_13), dim=1).flatten(0, 1).permute(1, 2, 0).flatten(1)[:, :places]
+    return _gumbel(bits_BX.float())
+
+
+def _gumbel(bits: Tensor) -> Tensor:
+    """Noise from 32 random bits each, as float32 numbers that are ours."""
     # 1 - uniform, in (0, 1]: where it is small, float32 holds it to full precision, and there the largest noise is.
     # A whole 1, to which the last bits would round, would give minus infinity: a token as unlikely as a forbidden one.
-    rest_BX = (bits_BX.float() + 0.5).mul_(2.0**-32).clamp_(max=LARGEST_REST)
-    return rest_BX.neg_().log1p_().neg_().log_().neg_()
+    rest = bits.add_(0.5).mul_(2.0**-32).clamp_(max=LARGEST_REST)
+    return rest.neg_().log1p_().neg_().log_().neg_()
 
 
 def sample(
@@ -84,6 +100,7 @@ def sample(
     position_B: Tensor,
     *,
     filtered: bool = True,
+    noise: Noise = gumbel_noise,
 ) -> Tensor:
     """Token ids [B] int64: where the temperature is 0 the likeliest, the first of equals; elsewhere a draw from
     softmax(logits / temperature) over the tokens that the filters keep (see ``keep``).
@@ -95,15 +112,22 @@ def sample(
         top_p_B, min_p_B: float32; 1 and 0 for no limit.
         seed_B, choice_B, position_B: int64, see ``gumbel_noise``.
         filtered: False promises that no row has a filter.
+        noise: ``gumbel_noise``, or what returns the same.
     """
+    some_greedy = True
     # A GPU would be waited for.
-    if logits_BV.device.type == "cpu" and not temperature_B.any():
-        return logits_BV.argmax(dim=-1)
-    divisor_B1 = temperature_B.masked_fill(temperature_B == 0, 1.0)[:, None]
+    if logits_BV.is_cpu:
+        temperatures = temperature_B.tolist()
+        if not any(temperatures):
+            return logits_BV.argmax(dim=-1)
+        some_greedy = not all(temperatures)
+    divisor_B1 = (temperature_B.masked_fill(temperature_B == 0, 1.0) if some_greedy else temperature_B)[:, None]
     scaled_BV = logits_BV / divisor_B1
     if filtered:
         scaled_BV.masked_fill_(~keep(logits_BV, divisor_B1, top_k_B, top_p_B, min_p_B), -torch.inf)
-    drawn_B = _draw(scaled_BV, seed_B, choice_B, position_B)
+    drawn_B = _draw(scaled_BV, seed_B, choice_B, position_B, noise)
+    if not some_greedy:
+        return drawn_B
     return torch.where(temperature_B == 0, logits_BV.argmax(dim=-1), drawn_B)
 
 
@@ -144,16 +168,18 @@ def _sort(numbers_BV: Tensor) -> Tensor:
     return numbers_BV
 
 
-def _draw(logits_BV: Tensor, seed_B: Tensor, choice_B: Tensor, position_B: Tensor) -> Tensor:
+def _draw(logits_BV: Tensor, seed_B: Tensor, choice_B: Tensor, position_B: Tensor, noise: Noise) -> Tensor:
     """A draw from softmax(logits), by Gumbel-max in two steps: first of a group of neighbouring tokens by its total
     probability, then of a token in it. The same distribution from far less noise than one number a token.
     """
     num_rows, vocab_size = logits_BV.shape
     num_groups = -(-vocab_size // GROUP)
-    logits_BGE = F.pad(logits_BV, (0, num_groups * GROUP - vocab_size), value=-torch.inf).view(num_rows, -1, GROUP)
-    noise_BX = gumbel_noise(seed_B, choice_B, position_B, num_groups + GROUP)
+    padding = num_groups * GROUP - vocab_size
+    padded_BV = F.pad(logits_BV, (0, padding), value=-torch.inf) if padding else logits_BV
+    logits_BGE = padded_BV.reshape(num_rows, -1, GROUP)
+    noise_BX = noise(seed_B, choice_B, position_B, num_groups + GROUP)
     # Groups too unlikely for float32 get no probability: no noise is large enough that they would be drawn.
-    share_BG = logits_BGE.flatten(1).softmax(dim=-1).view_as(logits_BGE).sum(dim=-1)
+    share_BG = padded_BV.softmax(dim=-1).view_as(logits_BGE).sum(dim=-1)
     group_B = (share_BG.log_() + noise_BX[:, :num_groups]).argmax(dim=-1)
     chosen_BE = logits_BGE.gather(1, group_B[:, None, None].expand(-1, 1, GROUP))[:, 0]
     return group_B * GROUP + (chosen_BE + noise_BX[:, num_groups:]).argmax(dim=-1)

@@ -4,6 +4,7 @@ Holds the model, the cache tensors, the encoder cache and the tokens drawn last.
 Knows no waiting line and no request's end. Suffixes: R rows of the token pool, others as in ``vlm.py``.
 """
 
+import functools
 import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
@@ -12,6 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sightline_kernels.dispatch import Sample
+from sightline_kernels.sample.noise_ahead import NoiseAhead
+from sightline_kernels.sample.reference import sample
 from sightline_models.images import Pixels
 from sightline_models.kv import KvPool
 from sightline_models.vlm import Vlm
@@ -63,6 +67,7 @@ class Runner:
         self._config = config
         self._device = device
         self._threads = threads
+        self._sample = _sampler(model.decoder.kernels.sample, config, device)
         # The last row is for padding.
         self._tokens_R = torch.zeros(config.max_running + 1, dtype=torch.int64, device=device)
         self._decode_graphs: DecodeGraphs | None = None
@@ -84,7 +89,8 @@ class Runner:
             return Launched(self._launch(plan, pixels))
         rows = plan.num_tokens + len(plan.encode) * self._model.config.num_image_tokens
         threads = self._threads.choose(rows)
-        torch.set_num_threads(threads)
+        if threads != torch.get_num_threads():
+            torch.set_num_threads(threads)
         began = time.perf_counter()
         drawn = self._launch(plan, pixels)
         self._threads.took(rows, threads, time.perf_counter() - began)
@@ -101,8 +107,11 @@ class Runner:
         sampling = [piece.sequence for piece in plan.slices if piece.samples]
         if not sampling:
             return []
-        rows = to_device(torch.tensor(batch.sample_rows), self._device)
-        return [self._draw(self._model.logits(hidden_TD[rows]), sampling)]
+        # Where every row is sampled from, they stand in order.
+        if len(batch.sample_rows) < len(hidden_TD):
+            rows = to_device(torch.tensor(batch.sample_rows), self._device)
+            hidden_TD = hidden_TD[rows]
+        return [self._draw(self._model.logits(hidden_TD), sampling)]
 
     def _replay(self, graphs: DecodeGraphs, slices: Seq[Slice]) -> Drawn:
         self.num_replayed += 1
@@ -127,7 +136,7 @@ class Runner:
         return [drawn[id(piece.sequence)] for piece in slices if piece.samples]
 
     def _draw(self, logits_SV: Tensor, sequences: Seq[Sequence]) -> Drawn:
-        drawn = choose_tokens(logits_SV, sequences, self._model.decoder.kernels.sample)
+        drawn = choose_tokens(logits_SV, sequences, self._sample)
         if self._config.overlap:
             # The next step is launched before the host knows these.
             rows = to_device(torch.tensor([sequence.row for sequence in sequences]), self._device)
@@ -169,3 +178,10 @@ class Runner:
             hidden_TD[part.row : part.row + part.length] = encoded_LD[part.offset : part.offset + part.length]
         normed_TD: Tensor = self._model(hidden_TD, batch.positions_T, self._kv, batch.layout)
         return normed_TD
+
+
+def _sampler(draw: Sample, config: EngineConfig, device: torch.device) -> Sample:
+    """``draw``, with noise made for several steps where steps follow one another on a CPU."""
+    if draw is not sample or device.type != "cpu" or config.deterministic:
+        return draw
+    return functools.partial(sample, noise=NoiseAhead())
