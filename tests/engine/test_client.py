@@ -398,7 +398,7 @@ async def test_closing_ends_what_is_in_flight_and_may_be_repeated(make_engine: M
     await engine.close()
     await engine.close()
     (end,) = ends_of(await running)
-    assert (end.reason, end.error_code) == (FinishReason.ERROR, "engine_restarting")
+    assert (end.reason, end.error_code) == (FinishReason.ERROR, "server_is_draining")
     assert not engine.ready
     with pytest.raises(Unavailable):
         await collect(engine, request("late"))

@@ -292,16 +292,6 @@ async def test_limits_of_pictures() -> None:
     assert [answer.status_code for answer in (many, large, together)] == [400, 400, 400]
 
 
-@pytest.mark.parametrize("host", ["a/?x=", "a#", "[", "", "\xff", "a:b:c"])
-async def test_nothing_believes_the_host_header(host: str) -> None:
-    async with http(fake_app(api_key=("k",))) as client:
-        for path, status in (("/health", 200), ("/v1/models", 401), ("/nope", 401)):
-            answer = await client.get(path, headers={"Host": host.encode("latin-1")})
-            assert answer.status_code == status
-        unknown = await client.get("/nope", headers={"Host": host.encode("latin-1"), "Authorization": "Bearer k"})
-    assert unknown.status_code == 404
-
-
 async def test_unknown_routes_and_methods() -> None:
     async with http(fake_app()) as client:
         for method, path, status, code in [

@@ -11,8 +11,9 @@ from typing import Any, NoReturn
 from sightline_server.errors import InvalidRequest
 
 MAX_DEPTH = 64
-MAX_ELEMENTS = 500_000
-"""Objects, arrays and list entries in one body. A picture is one long string, so honest bodies stay far below."""
+MAX_ELEMENTS = 200_000
+"""Objects, arrays, entries, and commas in texts, in one body. A picture is one long string, so honest bodies stay far
+below."""
 _MAX_NAME = 80
 
 
