@@ -209,7 +209,7 @@ def _value(rng: random.Random, depth: int = 0) -> Any:
     if kind < 6:
         return rng.choice([None, True, False, "", "auto", 1])
     if kind == 6:
-        return [_value(rng, depth + 1)] * rng.choice([0, 1, 2, 5, 100])
+        return [_value(rng, depth + 1)] * rng.choice([0, 1, 2, 5] if depth else [0, 1, 2, 100])
     return {
         rng.choice([*FIELDS, "type", "role", "content", "url", "text"]): _value(rng, depth + 1) for _ in range(kind - 6)
     }
@@ -232,7 +232,11 @@ def _message(scene: Scene) -> bytes:
     content = rng.choice([_value(rng), [_part(rng) for _ in range(rng.choice([0, 1, 3, 40]))], rng.choice(STRINGS)])
     role = rng.choice(["user", "system", "assistant", "developer", "tool", "function", "wizard", "", None])
     message = {"role": role, "content": content, rng.choice(["name", "tool_calls", "refusal", "x"]): _value(rng)}
-    return scene.post(json.dumps(scene.body() | {"messages": [message] * rng.choice([1, 2, 700])}).encode())
+    return scene.post(
+        json.dumps(
+            scene.body() | {"messages": [message] * (rng.choice([1, 2, 700]) if len(str(message)) < 1000 else 1)}
+        ).encode()
+    )
 
 
 def _part(rng: random.Random) -> dict[str, Any]:

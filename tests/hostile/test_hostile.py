@@ -32,6 +32,7 @@ def test_a_seed_says_which_requests() -> None:
     assert one != other
     assert {sent.kind for sent in one} == set(KINDS)
     assert len({sent.raw for sent in one}) > 150
+    assert max(len(sent.raw) for sent in hostile_requests(3, 1000)) < 2 * 2**20, "sizes have tests of their own"
     assert list(islice(hostile_requests(1, 10**9), 200)) == one
 
 

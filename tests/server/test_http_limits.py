@@ -15,6 +15,7 @@ from api_calls import CHAT, chat_body, running
 from fakes import FakeEngine, fake_app
 from hostile.answers import RawResponse, exchange, problem_with
 
+from sightline_server.cli.lifetime import SEND_BUFFER
 from sightline_server.http.limits import LINGER_BYTES, MAX_HEADERS, MAX_URL
 
 BODY = json.dumps(chat_body()).encode()
@@ -393,5 +394,10 @@ def test_O4_a_slow_reader_is_cut_and_costs_a_bounded_buffer(reads: int) -> None:
             time.sleep(0.05)
         done.set()
         reader.join()
+        kept = 0
+        with suppress(OSError):
+            while part := connection.recv(65536):
+                kept += len(part)
+        assert kept < 2 * SEND_BUFFER + 2**18, "what the system and the server had kept for it"
         assert len(engine.aborted) == 8, "the engine was freed, it wasn't done"
         assert httpx.post(f"http://{host}:{port}{CHAT}", json=chat_body(max_tokens=2)).status_code == 200
