@@ -87,7 +87,7 @@ def _float(text: str) -> float:
 
 
 def _integer(text: str) -> int | float:
-    return int(text) if len(text) <= MAX_DIGITS else math.nan
+    return int(text) if len(text.lstrip("-")) <= MAX_DIGITS else math.nan
 
 
 def _too_deep() -> InvalidRequest:
