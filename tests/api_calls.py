@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import httpx
-import uvicorn
 from fakes import ALIAS
 from fastapi import FastAPI
 from openai import AsyncOpenAI
+
+from sightline_server.cli.lifetime import HttpServer, listen
 
 CHAT = "/v1/chat/completions"
 
@@ -22,13 +23,13 @@ def chat_body(**fields: Any) -> dict[str, Any]:
 
 def http(app: FastAPI, **options: Any) -> httpx.AsyncClient:
     """Calls ``app`` in this process. Waits for the whole answer, also when it is a stream."""
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server", **options)
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost", **options)
 
 
 def openai_client(app: FastAPI, **options: Any) -> AsyncOpenAI:
     """The true client, which checks every answer against OpenAI's types."""
     return AsyncOpenAI(
-        base_url="http://server/v1",
+        base_url="http://localhost/v1",
         http_client=http(app),
         max_retries=0,
         _strict_response_validation=True,
@@ -50,16 +51,17 @@ def events(text: str) -> list[Any]:
 
 @contextmanager
 def running(app: FastAPI) -> Iterator[str]:
-    """Serve ``app`` on a socket from a thread of its own; gives its address."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run)
+    """Serve ``app`` as `sightline serve` does, on a socket, from a thread of its own; gives its address."""
+    listener = listen("127.0.0.1", 0)
+    server = HttpServer(app, app.state.context.settings)
+    server.config.timeout_graceful_shutdown = 1
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
         while not server.started:
             assert thread.is_alive(), "the server did not start"
             threading.Event().wait(0.005)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join()

@@ -26,6 +26,7 @@ from sightline_server.routes.admission import Admission
 from sightline_server.routes.brake import RefusalBrake
 from sightline_server.routes.context import Context
 from sightline_server.routes.edge import BodyLimits, Edge
+from sightline_server.routes.origins import Doorkeeper, Origins
 from sightline_server.settings import Settings
 
 PROMPT_THREADS = 2
@@ -66,7 +67,9 @@ def create_app(engine: EngineClient, model: ServedModel, images: DecodePool, set
         app.include_router(router)
     failures.register(app)
     # The last one added is the first one met.
-    app.add_middleware(BodyLimits, max_mb=settings.max_body_mb, timeout_s=settings.body_timeout_s)
+    app.add_middleware(
+        BodyLimits, max_mb=settings.max_body_mb, all_mb=settings.max_bodies_mb, timeout_s=settings.body_timeout_s
+    )
     app.add_middleware(KeyCheck, keys=keys)
     if settings.cors_origins:
         # Outside the key check: a browser asks for permission without the key. Any header is allowed, since the
@@ -78,6 +81,7 @@ def create_app(engine: EngineClient, model: ServedModel, images: DecodePool, set
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
+    app.add_middleware(Doorkeeper, origins=Origins.of(settings))
     app.add_middleware(RefusalBrake, delay_s=settings.refusal_delay_s)
     app.add_middleware(Edge, metrics=metrics)
     _document(app, needs_key=bool(keys))

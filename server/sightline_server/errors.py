@@ -54,6 +54,14 @@ class InvalidKey(ApiError):
     default_code = "invalid_api_key"
 
 
+class OriginRefused(ApiError):
+    """A Host or an Origin that a page of somebody else's would send."""
+
+    status = 403
+    type = "invalid_request_error"
+    default_code = "origin_not_allowed"
+
+
 class NotFound(ApiError):
     status = 404
     type = "invalid_request_error"
@@ -80,6 +88,18 @@ class BodyTooLarge(ApiError):
     status = 413
     type = "invalid_request_error"
     default_code = "request_too_large"
+
+
+class UrlTooLong(ApiError):
+    status = 414
+    type = "invalid_request_error"
+    default_code = "url_too_long"
+
+
+class HeadersTooLarge(ApiError):
+    status = 431
+    type = "invalid_request_error"
+    default_code = "headers_too_large"
 
 
 class ServerFault(ApiError):

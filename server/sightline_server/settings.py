@@ -173,6 +173,13 @@ class Settings:
     )
     api_key_file: str = _row("", "File with one key a line; # starts a comment.", section="HTTP", metavar="FILE")
     cors_origins: tuple[str, ...] = _row((), "Browser origins that may call the API.", section="HTTP")
+    allowed_hosts: tuple[str, ...] = _row(
+        (),
+        "Names that may stand in the Host header beside the usual ones; *.example.com: any below it; *: any at all. "
+        "Always allowed: IP addresses, localhost and this machine's name; where --host isn't loopback, also names "
+        "without a dot and those under .local, .internal and .home.arpa.",
+        section="HTTP",
+    )
     keep_alive_s: int = _row(120, "Seconds an idle connection stays open.", section="HTTP", minimum=1)
     sse_keep_alive_s: float = _row(
         15.0, "Seconds of silence in a stream before a keep-alive line. 0: never.", section="HTTP", minimum=0
@@ -186,6 +193,37 @@ class Settings:
     log_format: Literal["text", "json"] = _row("text", "How log lines are written.", section="HTTP")
 
     # Limits
+    max_connections: int = _row(
+        2048, "Most open connections; more are refused with 503.", section="Limits", minimum=1, maximum=50_000
+    )
+    max_connections_per_address: int = _row(
+        1024,
+        "Most open connections from one address (IPv6: one /64). 0: no bound of its own, which is right behind a "
+        "reverse proxy, whose address all have.",
+        section="Limits",
+        minimum=0,
+    )
+    max_header_kb: int = _row(
+        32, "Largest URL and headers of a request, in KiB.", section="Limits", minimum=1, maximum=1024
+    )
+    header_timeout_s: float = _row(
+        10.0,
+        "Seconds the headers of a request may take to arrive, and a new connection to begin one.",
+        section="Limits",
+        minimum=0.1,
+    )
+    stall_timeout_s: float = _row(
+        60.0,
+        "Seconds an answer may wait for a client that reads too slowly before its connection is closed.",
+        section="Limits",
+        minimum=0.1,
+    )
+    max_bodies_mb: float = _row(
+        1024.0,
+        "Memory for the bodies of all requests that are being received or answered, in MiB; more get 503.",
+        section="Limits",
+        minimum=0.001,
+    )
     max_queue: int = _row(256, "Most requests waiting for the engine; more get 503.", section="Limits", minimum=1)
     max_body_mb: float = _row(64.0, "Largest request body, in MiB.", section="Limits", minimum=0.001)
     body_timeout_s: float = _row(60.0, "Seconds a request body may take to arrive.", section="Limits", minimum=0.1)

@@ -254,7 +254,7 @@ async def test_a_full_queue_refuses_at_once_even_before_the_engine_has_answered(
     await engine.close()
     for events in await asyncio.gather(*waiting, return_exceptions=True):
         assert isinstance(events, list)
-        assert [end.error_code for end in events] == ["engine_restarting"]
+        assert [end.error_code for end in events] == ["server_is_draining"]
 
 
 async def test_a_killed_process_ends_its_requests_once_and_comes_back(make_engine: MakeEngine) -> None:
@@ -398,7 +398,7 @@ async def test_closing_ends_what_is_in_flight_and_may_be_repeated(make_engine: M
     await engine.close()
     await engine.close()
     (end,) = ends_of(await running)
-    assert (end.reason, end.error_code) == (FinishReason.ERROR, "engine_restarting")
+    assert (end.reason, end.error_code) == (FinishReason.ERROR, "server_is_draining")
     assert not engine.ready
     with pytest.raises(Unavailable):
         await collect(engine, request("late"))

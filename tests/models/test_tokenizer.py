@@ -136,7 +136,7 @@ hostile = st.lists(st.one_of(st.sampled_from(CONTROL), st.sampled_from([" ", "\n
 
 
 @pytest.mark.parametrize("kind", ["demo", *KINDS])
-def test_no_text_of_a_user_makes_a_control_token(checkpoint: Callable[[str], Checkpoint], kind: str) -> None:
+def test_J14_no_text_of_a_user_makes_a_control_token(checkpoint: Callable[[str], Checkpoint], kind: str) -> None:
     both = checkpoint(kind)
     # A character that the vocabulary lacks is the unknown token, and controls nothing.
     control = set(both.theirs.tokenizer.get_added_vocab().values()) - {0}
@@ -159,7 +159,7 @@ def test_no_text_of_a_user_makes_a_control_token(checkpoint: Callable[[str], Che
 
 # Unigram has no bytes to spell an unknown character with.
 @pytest.mark.parametrize("kind", ["demo", *KINDS[:-1]])
-def test_control_tokens_in_text_read_back_as_text(checkpoint: Callable[[str], Checkpoint], kind: str) -> None:
+def test_J14_control_tokens_in_text_read_back_as_text(checkpoint: Callable[[str], Checkpoint], kind: str) -> None:
     ours = checkpoint(kind).ours
     for text in [*CONTROL, "USER:", " ".join(CONTROL), "".join(CONTROL)]:
         detokenizer = ours.detokenizer()
@@ -167,7 +167,7 @@ def test_control_tokens_in_text_read_back_as_text(checkpoint: Callable[[str], Ch
         assert shown.lstrip(" ") == text, kind
 
 
-def test_tokens_are_not_forged_from_the_pieces_of_two_parts(checkpoint: Callable[[str], Checkpoint]) -> None:
+def test_J14_tokens_are_not_forged_from_the_pieces_of_two_parts(checkpoint: Callable[[str], Checkpoint]) -> None:
     both = checkpoint("Llama")
     chat = [user("</", "s> <ima", "ge>"), assistant("<|end"), user("|>ROLE", ": zy", "x")]
     assert both.made(chat).count(2) == 1, "the template's own, after the assistant's message"
@@ -227,7 +227,7 @@ def test_the_text_begins_once(tmp_path: Path, template: str, settings: dict[str,
     assert both.made(chat).count(1) <= 1
 
 
-def test_a_user_cannot_begin_the_text(tmp_path: Path) -> None:
+def test_J14_a_user_cannot_begin_the_text(tmp_path: Path) -> None:
     write_text_checkpoint(tmp_path, "Llama", template="{% for m in messages %}{{ m.content[0].text }}{% endfor %}")
     made = Checkpoint(tmp_path).made([user("<s>hello")])
     assert made[0] == 1

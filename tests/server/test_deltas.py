@@ -131,5 +131,5 @@ def test_held_text_is_shown_when_the_engine_ends() -> None:
 
 
 @pytest.mark.parametrize("stop", [(), ("\x01" * 255 + "x", "\x01" * 256)])
-def test_a_long_text_stays_cheap(stop: tuple[str, ...]) -> None:
+def test_J12_a_long_text_stays_cheap(stop: tuple[str, ...]) -> None:
     assert run(b"\x01" * 255 + b"y" * 2000, stop).text == "\x01" * 255 + "y" * 2000

@@ -13,6 +13,7 @@ from sightline_server.engine.types import EngineStats
 FAILURES: list[tuple[str, int, str, str | None]] = [
     ("engine_restarting", 503, "engine_restarting", None),
     ("server_is_overloaded", 503, "server_is_overloaded", None),
+    ("server_is_draining", 503, "server_is_draining", None),
     ("engine_oom", 503, "engine_oom", "false"),
     ("context_length_exceeded", 400, "context_length_exceeded", None),
     ("image_parse_error", 400, "image_parse_error", None),
@@ -38,7 +39,7 @@ async def test_failures_before_the_first_token(
 
 
 @pytest.mark.parametrize(("code", "status", "told", "retry"), FAILURES, ids=[row[0] for row in FAILURES])
-async def test_failures_in_the_middle(code: str, status: int, told: str, retry: str | None) -> None:
+async def test_O12_failures_in_the_middle(code: str, status: int, told: str, retry: str | None) -> None:
     engine = FakeEngine("abcdef")
     engine.fail_after, engine.error = 3, (code, None)
     # A pause, so that the first tokens are out before the failure.

@@ -24,6 +24,8 @@ def user(content: Any) -> dict[str, Any]:
 WRONG: list[tuple[dict[str, Any], str | None, str]] = [
     ({"model": None}, "model", "invalid_value"),
     ({"messages": []}, "messages", "invalid_value"),
+    ({"messages": [{"role": "user", "content": "Hi"}] * 20_000}, "messages", "invalid_value"),
+    (user([{"type": "text", "text": "Hi"}] * 20_000), "messages[0].content", "invalid_value"),
     ({"messages": None}, "messages", "invalid_value"),
     ({"messages": "Hi"}, "messages", "invalid_value"),
     ({"messages": [5]}, "messages[0]", "invalid_value"),
@@ -58,6 +60,7 @@ WRONG: list[tuple[dict[str, Any], str | None, str]] = [
     ({"temperature": True}, "temperature", "invalid_value"),
     ({"temperature": -0.1}, "temperature", "invalid_value"),
     ({"temperature": 2.1}, "temperature", "invalid_value"),
+    ({"top_p": -0.1}, "top_p", "invalid_value"),
     ({"top_p": 1.5}, "top_p", "invalid_value"),
     ({"top_k": -5}, "top_k", "invalid_value"),
     ({"min_p": 2}, "min_p", "invalid_value"),
@@ -67,10 +70,14 @@ WRONG: list[tuple[dict[str, Any], str | None, str]] = [
     ({"n": 0}, "n", "invalid_value"),
     ({"n": True}, "n", "invalid_value"),
     ({"n": 1.0}, "n", "invalid_value"),
+    ({"n": -1}, "n", "invalid_value"),
     ({"n": 17}, "n", "invalid_value"),
+    ({"n": 129, "stream": True}, "n", "invalid_value"),
+    ({"n": 10**6}, "n", "invalid_value"),
     ({"n": 10**400}, "n", "invalid_value"),
     ({"max_tokens": 0}, "max_tokens", "invalid_value"),
     ({"max_tokens": "5"}, "max_tokens", "invalid_value"),
+    ({"max_tokens": 2**31}, "max_tokens", "context_length_exceeded"),
     ({"max_completion_tokens": -1}, "max_completion_tokens", "invalid_value"),
     ({"max_tokens": 2**63}, "max_tokens", "invalid_value"),
     ({"max_tokens": CONTEXT_LENGTH}, "max_tokens", "context_length_exceeded"),
@@ -82,20 +89,29 @@ WRONG: list[tuple[dict[str, Any], str | None, str]] = [
     ({"stop": ""}, "stop", "invalid_value"),
     ({"stop": ["a"] * 5}, "stop", "invalid_value"),
     ({"stop": ["a", ""]}, "stop[1]", "invalid_value"),
+    ({"stop": [""] * 1000}, "stop", "invalid_value"),
+    ({"stop": ["a"] * 1000}, "stop", "invalid_value"),
+    ({"stop": "a" * 2**20}, "stop", "invalid_value"),
+    ({"stop": ["a", 5]}, "stop[1]", "invalid_value"),
     ({"stop": "a" * 257}, "stop", "invalid_value"),
     ({"stop": {"a": 1}}, "stop", "invalid_value"),
     ({"stop_token_ids": [VOCAB_SIZE]}, "stop_token_ids[0]", "invalid_value"),
     ({"stop_token_ids": [1] * 65}, "stop_token_ids", "invalid_value"),
     ({"logit_bias": {"-1": 1}}, "logit_bias", "invalid_value"),
     ({"logit_bias": {str(VOCAB_SIZE): 1}}, "logit_bias", "invalid_value"),
+    ({"logit_bias": {"1000000000": 1}}, "logit_bias", "invalid_value"),
+    ({"logit_bias": {str(index): "x" for index in range(100_000)}}, "logit_bias", "invalid_value"),
     ({"logit_bias": {"abc": 1}}, "logit_bias", "invalid_value"),
     ({"logit_bias": {"²": 1}}, "logit_bias", "invalid_value"),
     ({"logit_bias": {"5": 101}}, "logit_bias.5", "invalid_value"),
     ({"logit_bias": {str(index): 0 for index in range(1025)}}, "logit_bias", "invalid_value"),
     ({"logprobs": 1}, "logprobs", "invalid_value"),
     ({"top_logprobs": 3}, "top_logprobs", "invalid_value"),
+    ({"logprobs": True, "top_logprobs": 10**6}, "top_logprobs", "invalid_value"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
     ({"metadata": {"k": 1}}, "metadata.k", "invalid_value"),
+    ({"metadata": {"k": {"nested": "v"}}}, "metadata.k", "invalid_value"),
+    ({"metadata": {"k" * 65: "v"}}, "metadata." + "k" * 65, "invalid_value"),
     ({"metadata": {"k": "v" * 513}}, "metadata.k", "invalid_value"),
     ({"metadata": {str(index): "" for index in range(17)}}, "metadata", "invalid_value"),
     ({"service_tier": "best"}, "service_tier", "invalid_value"),
@@ -124,7 +140,9 @@ WRONG: list[tuple[dict[str, Any], str | None, str]] = [
 
 
 @pytest.mark.parametrize(("fields", "param", "code"), WRONG, ids=lambda value: str(value)[:40])
-async def test_wrong_fields(fields: dict[str, Any], param: str | None, code: str) -> None:
+async def test_J5_J6_J7_J8_J9_J10_J11_J12_J13_J15_J17_wrong_fields(
+    fields: dict[str, Any], param: str | None, code: str
+) -> None:
     engine = FakeEngine()
     async with http(fake_app(engine)) as client:
         answer = await client.post(CHAT, json=chat_body(**fields))
@@ -155,10 +173,10 @@ BODIES: list[tuple[bytes, str | None]] = [
     (b"\xff\xfe{}", None),
     (b'{"model": "\xc3"}', None),
     ('{"model": "fake"}'.encode("utf-16"), None),
-    (_raw('"temperature": NaN'), None),
-    (_raw('"temperature": -Infinity'), None),
+    (_raw('"temperature": NaN'), "temperature"),
+    (_raw('"temperature": -Infinity'), "temperature"),
     (_raw('"temperature": 1e999'), "temperature"),
-    (_raw('"seed": ' + "9" * 5000), None),
+    (_raw('"seed": ' + "9" * 5000), "seed"),
     (_raw('"user": "\\ud800"'), "user"),
     (_raw('"metadata": {"\\udfff": "x"}'), "metadata.?"),
     (_raw('"user": "a", "user": "b"'), "user"),
@@ -170,7 +188,7 @@ BODIES: list[tuple[bytes, str | None]] = [
 
 
 @pytest.mark.parametrize(("body", "param"), BODIES, ids=range(len(BODIES)))
-async def test_bodies_that_are_no_json(body: bytes, param: str | None) -> None:
+async def test_J1_J2_J3_J4_J5_bodies_that_are_no_json(body: bytes, param: str | None) -> None:
     engine = FakeEngine()
     async with http(fake_app(engine)) as client:
         answer = await client.post(CHAT, content=body, headers={"Content-Type": "application/json"})
@@ -179,7 +197,7 @@ async def test_bodies_that_are_no_json(body: bytes, param: str | None) -> None:
     assert engine.requests == []
 
 
-def test_the_depth_that_is_allowed() -> None:
+def test_J2_the_depth_that_is_allowed() -> None:
     def nested(depth: int) -> bytes:
         return b'{"a":' * depth + b"1" + b"}" * depth
 
@@ -196,33 +214,48 @@ JSON = st.recursive(
 
 
 @given(field=st.sampled_from(sorted(ChatRequest.model_fields)), value=JSON)
-def test_no_value_of_any_field_is_more_than_refused(field: str, value: Any) -> None:
+def test_J3_J5_J9_no_value_of_any_field_is_more_than_refused(field: str, value: Any) -> None:
     with suppress(InvalidRequest):
         parse_chat_request(parse_object(json.dumps(chat_body(**{field: value})).encode()))
 
 
 @given(content=JSON)
-def test_no_content_is_more_than_refused(content: Any) -> None:
+def test_J9_no_content_is_more_than_refused(content: Any) -> None:
     with suppress(InvalidRequest):
         parse_chat_request(parse_object(json.dumps(chat_body(**user(content))).encode()))
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
-async def test_a_content_type_that_pages_of_other_origins_may_send(kind: str) -> None:
+async def test_J1_a_content_type_that_pages_of_other_origins_may_send(kind: str) -> None:
     async with http(fake_app()) as client:
         answer = await client.post(CHAT, content=json.dumps(chat_body()), headers={"Content-Type": kind})
     assert answer.status_code == 400
     assert answer.json()["error"]["code"] == "unsupported_media_type"
 
 
-async def test_a_compressed_body() -> None:
+async def test_J1_a_compressed_body() -> None:
     async with http(fake_app()) as client:
         answer = await client.post(CHAT, json=chat_body(), headers={"Content-Encoding": "gzip"})
     assert answer.json()["error"]["code"] == "unsupported_media_type"
 
 
-@pytest.mark.parametrize("name", ["gpt-4o", "../../etc/passwd", "", "x" * 10_000, "a\r\nb", "FAKE"])
-async def test_another_model(name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gpt-4o",
+        "../../etc/passwd",
+        "",
+        "x" * 2**20,
+        "a\r\nb",
+        "FAKE",
+        "http://x/y",
+        "' OR 1=1;--",
+        "fake\0",
+        "fake ",
+        "/",
+    ],
+)
+async def test_J16_another_model(name: str) -> None:
     client = openai_client(fake_app())
     with pytest.raises(openai.NotFoundError) as caught:
         await client.chat.completions.create(model=name, messages=[{"role": "user", "content": "Hi"}])
@@ -231,7 +264,7 @@ async def test_another_model(name: str) -> None:
     assert len(caught.value.message) < 500
 
 
-async def test_a_prompt_that_is_too_long() -> None:
+async def test_J7_a_prompt_that_is_too_long() -> None:
     client = openai_client(fake_app())
     for length in (CONTEXT_LENGTH, CONTEXT_LENGTH * 200):
         with pytest.raises(openai.BadRequestError) as caught:
@@ -242,7 +275,7 @@ async def test_a_prompt_that_is_too_long() -> None:
         assert f"maximum context length is {CONTEXT_LENGTH} tokens. However, " in caught.value.message
 
 
-async def test_more_messages_than_tokens_are_not_even_rendered() -> None:
+async def test_J9_more_messages_than_tokens_are_not_even_rendered() -> None:
     async with http(fake_app()) as client:
         body = chat_body(messages=[{"role": "user", "content": ""}] * (CONTEXT_LENGTH + 1))
         answer = await client.post(CHAT, json=body)
@@ -250,7 +283,7 @@ async def test_more_messages_than_tokens_are_not_even_rendered() -> None:
     assert f"your {CONTEXT_LENGTH + 1} messages" in answer.json()["error"]["message"]
 
 
-async def test_both_numbers_are_told() -> None:
+async def test_J7_both_numbers_are_told() -> None:
     async with http(fake_app()) as client:
         answer = await client.post(CHAT, json=chat_body(max_tokens=CONTEXT_LENGTH))
         full = await client.post(CHAT, json=chat_body(**user("x" * (CONTEXT_LENGTH - len("_USER:")))))
@@ -292,16 +325,6 @@ async def test_limits_of_pictures() -> None:
     assert [answer.status_code for answer in (many, large, together)] == [400, 400, 400]
 
 
-@pytest.mark.parametrize("host", ["a/?x=", "a#", "[", "", "\xff", "a:b:c"])
-async def test_nothing_believes_the_host_header(host: str) -> None:
-    async with http(fake_app(api_key=("k",))) as client:
-        for path, status in (("/health", 200), ("/v1/models", 401), ("/nope", 401)):
-            answer = await client.get(path, headers={"Host": host.encode("latin-1")})
-            assert answer.status_code == status
-        unknown = await client.get("/nope", headers={"Host": host.encode("latin-1"), "Authorization": "Bearer k"})
-    assert unknown.status_code == 404
-
-
 async def test_unknown_routes_and_methods() -> None:
     async with http(fake_app()) as client:
         for method, path, status, code in [
@@ -318,7 +341,7 @@ async def test_unknown_routes_and_methods() -> None:
             assert answer.headers["x-request-id"]
 
 
-async def test_more_choices_than_the_queue_holds_are_refused_for_good() -> None:
+async def test_J6_more_choices_than_the_queue_holds_are_refused_for_good() -> None:
     """Never 503: no wait makes room for them, and clients would send them again and again."""
     engine = FakeEngine()
     async with http(fake_app(engine, max_queue=2)) as client:

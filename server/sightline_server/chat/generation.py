@@ -172,7 +172,9 @@ def _error_of(arrival: _Arrival) -> ApiError | None:
     if isinstance(arrival, TokenEvent):
         return None
     if arrival.reason is FinishReason.ABORTED:
-        return Unavailable("The server ended this request while shutting down.", retry_after_s=5.0)
+        return Unavailable(
+            "The server ended this request while shutting down.", code="server_is_draining", retry_after_s=5.0
+        )
     return engine_failure(arrival) if arrival.reason is FinishReason.ERROR else None
 
 
@@ -186,6 +188,8 @@ def engine_failure(event: FinishEvent) -> ApiError:
                 code="engine_restarting",
                 retry_after_s=5.0,
             )
+        case "server_is_draining":
+            return Unavailable(message or "The server is shutting down.", code="server_is_draining", retry_after_s=5.0)
         case "server_is_overloaded":
             return Unavailable(message or "The queue is full. Try again later.", retry_after_s=2.0)
         case "engine_oom":

@@ -11,14 +11,22 @@ import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any, NoReturn, cast
 
 import uvicorn
+
+from sightline_server.http.door import Door
+from sightline_server.http.limits import limits_of
+from sightline_server.http.protocol import HttpProtocol
+from sightline_server.settings import Settings
 
 log = logging.getLogger(__name__)
 
 BACKLOG = 2048
 OPEN_FILES = 65536
+SEND_BUFFER = 2**17
+"""Bytes of an answer that the system keeps for a client that reads slowly."""
 UNSENT_ANSWERS_S = 5
 """How long clients get to take what is left of their answers once the engine is closed."""
 
@@ -37,6 +45,8 @@ def listen(host: str, port: int) -> socket.socket:
         raise ServeError(f"--host {host!r} is no address of this machine. Try 127.0.0.1 or 0.0.0.0.") from None
     listener = socket.socket(family, kind, protocol)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # Connections inherit it. The system's own would grow to megabytes before a reader is seen to be slow.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
     try:
         listener.bind(address)
         # Now, not when the server is up: of two servers started at once, one must learn here that it came second.
@@ -98,10 +108,13 @@ async def first_of(*futures: "asyncio.Future[Any]") -> "asyncio.Future[Any]":
 class HttpServer(uvicorn.Server):
     """uvicorn, but for signals: it would stop listening at the first one, while running requests still need us."""
 
-    def __init__(self, app: Any, *, keep_alive_s: int) -> None:
+    def __init__(self, app: Any, settings: Settings) -> None:
+        open_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        limits = limits_of(settings, open_files=OPEN_FILES if open_files == resource.RLIM_INFINITY else open_files)
         super().__init__(
             uvicorn.Config(
                 app,
+                http=cast(type[asyncio.Protocol], partial(HttpProtocol, limits=limits, door=Door(limits))),
                 log_config=None,
                 log_level="warning",
                 access_log=False,
@@ -110,7 +123,7 @@ class HttpServer(uvicorn.Server):
                 ws="none",
                 lifespan="on",
                 backlog=BACKLOG,
-                timeout_keep_alive=keep_alive_s,
+                timeout_keep_alive=settings.keep_alive_s,
                 timeout_graceful_shutdown=UNSENT_ANSWERS_S,
             )
         )

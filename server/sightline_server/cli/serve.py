@@ -154,7 +154,7 @@ async def _serve(settings: Settings, folder: Path, kept: contextlib.ExitStack) -
         kept.close()
         os._exit(status)
 
-    server = HttpServer(app, keep_alive_s=settings.keep_alive_s)
+    server = HttpServer(app, settings)
     stop = StopSignals(end_at_once)
     http = asyncio.create_task(server.serve(sockets=[listener]), name="http")
     loading = asyncio.create_task(load(), name="loading")

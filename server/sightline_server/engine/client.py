@@ -109,10 +109,10 @@ class _Flight:
     abort_sent: bool = False
     errands: set[asyncio.Task[None]] = field(default_factory=set)
 
-    def lost(self, message: str) -> FinishEvent:
+    def lost(self, code: str, message: str) -> FinishEvent:
         prompt = self.request.prompt
         usage = Usage(len(prompt.token_ids), self.tokens, 0, prompt.num_image_tokens)
-        return FinishEvent(self.request.id, FinishReason.ERROR, usage, "engine_restarting", message)
+        return FinishEvent(self.request.id, FinishReason.ERROR, usage, code, message)
 
 
 class EngineProcess(EngineClient):
@@ -195,7 +195,7 @@ class EngineProcess(EngineClient):
         self._closing = True
         self._ready = False
         self._fail("The engine was stopped.")
-        self._end_flights("The server is shutting down. Send the request again when it is back.")
+        self._end_flights("server_is_draining", "The server is shutting down. Send the request again when it is back.")
         if self._child is not None:
             await self._child.stop(STOP_GRACE_S)
         if self._supervisor is not None:
@@ -303,10 +303,10 @@ class EngineProcess(EngineClient):
             for errand in flight.errands:
                 errand.cancel()
 
-    def _end_flights(self, message: str) -> None:
+    def _end_flights(self, code: str, message: str) -> None:
         for flight in list(self._flights.values()):
             self._land(flight.request.id)
-            flight.events.put_nowait(flight.lost(message))
+            flight.events.put_nowait(flight.lost(code, message))
 
     # The process's lives
 
@@ -349,7 +349,10 @@ class EngineProcess(EngineClient):
         log.error("The engine process %s.%s", how, _advice(how))
         self._settled.clear()
         self._past, self._stats = self._past + self._stats.totals, EngineStats()
-        self._end_flights("The engine stopped in the middle of this request and is restarting. Send the request again.")
+        self._end_flights(
+            "engine_restarting",
+            "The engine stopped in the middle of this request and is restarting. Send the request again.",
+        )
         return 0.0 if self._ready_at is None else asyncio.get_running_loop().time() - self._ready_at
 
     def _fail(self, message: str) -> None:

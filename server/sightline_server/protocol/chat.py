@@ -8,15 +8,19 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
 
 from sightline_server.errors import InvalidRequest
-from sightline_server.protocol.validation import validate
+from sightline_server.protocol.validation import unrecognized, validate
 
 MAX_STOP_STRINGS = 4
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIAS = 1024
+MAX_METADATA = 16
+MAX_MESSAGES = 16384
+"""In one request, and parts in one message; a context holds far fewer."""
 INT64 = 2**63
 
 ACCEPTED_WITHOUT_EFFECT: Mapping[str, str] = MappingProxyType(
@@ -106,7 +110,7 @@ class ImageContent(_Open):
 
 
 ContentPart = Annotated[TextContent | ImageContent | RefusalContent, Field(discriminator="type")]
-_Parts = Annotated[list[ContentPart], Field(min_length=1, fail_fast=True)]
+_Parts = Annotated[list[ContentPart], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 Content = Annotated[
     Annotated[str, Tag("string")] | Annotated[_Parts, Tag("parts")],
     Discriminator(
@@ -134,6 +138,17 @@ class ResponseFormat(_Open):
     type: Literal["text", "json_object", "json_schema"]
 
 
+def _at_most(most: int) -> Any:
+    """pydantic looks at every entry of an object before it counts them."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > most:
+            raise PydanticCustomError("too_long", f"Input should have at most {most} entries, not {len(value)}")
+        return value
+
+    return BeforeValidator(check)
+
+
 _MetadataKey = Annotated[str, Field(max_length=64)]
 _MetadataValue = Annotated[str, Field(max_length=512)]
 _Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -142,7 +157,7 @@ _StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 
 class ChatRequest(_Strict):
     model: str
-    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -159,7 +174,12 @@ class ChatRequest(_Strict):
     frequency_penalty: _Penalty | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     logit_bias: (
-        Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_LOGIT_BIAS)] | None
+        Annotated[
+            dict[str, Annotated[float, Field(ge=-100, le=100)]],
+            Field(max_length=MAX_LOGIT_BIAS),
+            _at_most(MAX_LOGIT_BIAS),
+        ]
+        | None
     ) = None
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
     stop: (
@@ -187,14 +207,16 @@ class ChatRequest(_Strict):
 
     user: str | None = None
     safety_identifier: str | None = None
-    metadata: Annotated[dict[_MetadataKey, _MetadataValue], Field(max_length=16)] | None = None
+    metadata: (
+        Annotated[dict[_MetadataKey, _MetadataValue], Field(max_length=MAX_METADATA), _at_most(MAX_METADATA)] | None
+    ) = None
     store: bool | None = None
     service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
     prompt_cache_key: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
     prompt_cache_retention: str | None = None
     prediction: dict[str, Any] | None = None
-    modalities: list[str] | None = None
+    modalities: Annotated[list[str], Field(max_length=8)] | None = None
     audio: dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
@@ -230,6 +252,8 @@ def parse_chat_request(data: dict[str, Any]) -> ChatRequest:
     for name in data:
         if name.startswith("chat_template") or name in NEVER:
             raise _unsupported(name[:80], "This server takes it from no request: leave it out.")
+        if name not in ChatRequest.model_fields and name not in NOT_BUILT:
+            raise unrecognized(name)
     for name, sentence in NOT_BUILT.items():
         if data.get(name) is not None:
             raise _unsupported(name, sentence)

@@ -6,13 +6,16 @@ Knows JSON and where in it something stands. Knows no field of any request.
 import json
 import math
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import Any
 
 from sightline_server.errors import InvalidRequest
 
 MAX_DEPTH = 64
-MAX_ELEMENTS = 500_000
-"""Objects, arrays and list entries in one body. A picture is one long string, so honest bodies stay far below."""
+MAX_ELEMENTS = 200_000
+"""Objects, arrays, entries, and commas in texts, in one body. A picture is one long string, so honest bodies stay far
+below."""
+MAX_DIGITS = 400
+"""Of an integer: as many as the largest float has, and some."""
 _MAX_NAME = 80
 
 
@@ -30,7 +33,9 @@ def parse_object(body: bytes) -> dict[str, Any]:
             f"The request body is not valid UTF-8 (at byte {error.start}).", code="invalid_json"
         ) from None
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        value = json.loads(
+            text, object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_float, parse_int=_integer
+        )
     except json.JSONDecodeError as error:
         raise InvalidRequest(
             f"The request body is not valid JSON: {error.msg} (line {error.lineno}, column {error.colno}).",
@@ -38,9 +43,6 @@ def parse_object(body: bytes) -> dict[str, Any]:
         ) from None
     except RecursionError:
         raise _too_deep() from None
-    except ValueError:
-        # The interpreter's own limit on the digits of an integer.
-        raise InvalidRequest("The request body holds a number with too many digits.", code="invalid_json") from None
     if not isinstance(value, dict):
         raise InvalidRequest("The request body must be a JSON object.", code="invalid_json")
     _check_values(value)
@@ -70,8 +72,22 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise InvalidRequest(f"The request body holds {name}, which is not JSON.", code="invalid_json")
+# What can't be kept as it was written becomes NaN here, where its place isn't known, and is refused where it is.
+
+
+def _no_number(name: str) -> float:
+    return math.nan
+
+
+def _float(text: str) -> float:
+    made = float(text)
+    if made == 0 and any("1" <= digit <= "9" for digit in text.lower().partition("e")[0]):
+        return math.nan
+    return made
+
+
+def _integer(text: str) -> int | float:
+    return int(text) if len(text.lstrip("-")) <= MAX_DIGITS else math.nan
 
 
 def _too_deep() -> InvalidRequest:
@@ -103,7 +119,10 @@ def _check_values(root: dict[str, Any]) -> None:
             elif isinstance(value, float):
                 if not math.isfinite(value):
                     param = _render_place((place, key))
-                    raise InvalidRequest(f"{param!r} is not a finite number.", param=param)
+                    raise InvalidRequest(
+                        f"{param!r} is no number that can be kept: send a finite one of at most {MAX_DIGITS} digits.",
+                        param=param,
+                    )
             elif isinstance(value, dict | list):
                 pending.append((value, (place, key), depth + 1))
 

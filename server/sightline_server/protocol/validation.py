@@ -27,6 +27,13 @@ def validate(model: type[M], data: dict[str, Any]) -> M:
     raise _explain(found[worst]["type"], found[worst]["msg"], found[worst].get("ctx", {}), render_path(places[worst]))
 
 
+def unrecognized(param: str) -> InvalidRequest:
+    shown = render_path((param,)) if len(param) > 100 else param
+    return InvalidRequest(
+        f"Unrecognized request argument supplied: {shown}.", code="unsupported_parameter", param=shown
+    )
+
+
 def _place(data: Any, location: Sequence[str | int], missing: bool) -> tuple[str | int, ...]:
     """``location`` without the names of union branches, which no client ever wrote."""
     kept: list[str | int] = []
@@ -42,9 +49,7 @@ def _place(data: Any, location: Sequence[str | int], missing: bool) -> tuple[str
 
 def _explain(kind: str, message: str, context: dict[str, Any], param: str) -> InvalidRequest:
     if kind == "extra_forbidden":
-        return InvalidRequest(
-            f"Unrecognized request argument supplied: {param}.", code="unsupported_parameter", param=param
-        )
+        return unrecognized(param)
     field = str(context.get("discriminator", "type")).strip("'")
     if kind in ("missing", "union_tag_not_found"):
         name = param if kind == "missing" else f"{param}.{field}"

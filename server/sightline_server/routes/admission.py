@@ -20,14 +20,15 @@ class Admission:
     @contextmanager
     def preparing(self) -> Iterator[None]:
         """Holds a place in the queue until the engine has the request. Raises Unavailable."""
-        self._check()
+        self.check()
         self._preparing += 1
         try:
             yield
         finally:
             self._preparing -= 1
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises Unavailable when there is no room now."""
         engine = self._engine
         if not engine.ready:
             if engine.info is None:

@@ -40,6 +40,9 @@ from sightline_server.routes.failures import server_fault
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+PARSED_AT_ONCE = 2**15
+"""Bytes of JSON that take no more than some milliseconds."""
+
 router = APIRouter(
     prefix="/v1",
     tags=["chat"],
@@ -69,8 +72,10 @@ router = APIRouter(
 async def create_chat_completion(request: Request) -> Response:
     context, record = context_of(request), record_of(request)
     record.endpoint = "chat"
+    context.admission.check()
+    # No place in the queue is held for a body that is still on its way.
+    chat = await _read_chat(request)
     with context.admission.preparing():
-        chat = parse_chat_request(await _read_object(request))
         context.model.check_name(chat.model)
         _check_choices(chat, context)
         header = _header(chat, context)
@@ -85,8 +90,8 @@ async def create_chat_completion(request: Request) -> Response:
         raise
 
 
-async def _read_object(request: Request) -> dict[str, Any]:
-    """The body's JSON object. A type that a browser sends across origins without asking is no JSON here."""
+async def _read_chat(request: Request) -> ChatRequest:
+    """The body's request. A type that a browser sends across origins without asking is no JSON here."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise InvalidRequest(
@@ -94,7 +99,15 @@ async def _read_object(request: Request) -> dict[str, Any]:
         )
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise InvalidRequest("Send the body as it is, without Content-Encoding.", code="unsupported_media_type")
-    return parse_object(await request.body())
+    body = await request.body()
+    if len(body) <= PARSED_AT_ONCE:
+        return _parse(body)
+    # Others' tokens go out meanwhile.
+    return await asyncio.get_running_loop().run_in_executor(context_of(request).prompt_threads, _parse, body)
+
+
+def _parse(body: bytes) -> ChatRequest:
+    return parse_chat_request(parse_object(body))
 
 
 def _check_choices(chat: ChatRequest, context: Context) -> None:

@@ -8,12 +8,13 @@ import logging
 import re
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from uuid import uuid4
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sightline_server.errors import ApiError, BodyTooLarge, RequestTimeout
+from sightline_server.errors import ApiError, BodyTooLarge, RequestTimeout, Unavailable
 from sightline_server.logs import RequestRecord, frames, log_request
 from sightline_server.metrics import Metrics
 from sightline_server.routes.failures import error_response, server_fault
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 MIB = 2**20
 LINGER_S = 5.0
 """How long the rest of a refused body is read and dropped, so that the client gets to see why."""
+BODIES_RETRY_S = 5.0
 WATCHING = ("health", "metrics")
 """Endpoints whose calls are no work and are not counted as such."""
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
@@ -91,18 +93,20 @@ class _BodyRefused(Exception):
 
 
 class BodyLimits:
-    """413 for a body over ``max_mb`` MiB, from its Content-Length before a byte is read; 408 when it takes too long."""
+    """413 for a body over ``max_mb`` MiB, from its Content-Length before a byte is read; 408 when it takes too long;
+    503 when the bodies of all requests that aren't answered yet would have more than ``all_mb`` MiB together."""
 
-    def __init__(self, app: ASGIApp, max_mb: float, timeout_s: float) -> None:
+    def __init__(self, app: ASGIApp, max_mb: float, all_mb: float, timeout_s: float) -> None:
         self._app = app
         self._limit = int(max_mb * MIB)
+        self._budget = _Budget(int(all_mb * MIB))
         self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body = _Body(receive, self._limit, self._timeout_s)
+        body = _Body(receive, self._limit, self._budget, self._timeout_s)
         announced = _content_length(scope)
         try:
             if announced > self._limit:
@@ -110,11 +114,14 @@ class BodyLimits:
             await self._app(scope, body.receive, send)
         except _BodyRefused as refusal:
             await self._refuse(refusal.error, scope, body, send)
+        finally:
+            body.release()
 
     async def _refuse(self, error: ApiError, scope: Scope, body: "_Body", send: Send) -> None:
         """Answer at once, then read on for a moment: closing on a client in mid-sentence would reset the connection
         and lose the answer."""
         scope["state"]["record"].fail(error)
+        body.release()
         response = error_response(error)
         response.headers["Connection"] = "close"
         await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
@@ -123,10 +130,20 @@ class BodyLimits:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
+@dataclass
+class _Budget:
+    """Bytes of bodies that are held for requests in progress."""
+
+    limit: int
+    held: int = 0
+
+
 class _Body:
-    def __init__(self, receive: Receive, limit: int, timeout_s: float) -> None:
+    def __init__(self, receive: Receive, limit: int, budget: _Budget, timeout_s: float) -> None:
         self._receive = receive
         self._limit = limit
+        self._budget = budget
+        self._held = 0
         self._timeout_s = timeout_s
         self._deadline = asyncio.get_running_loop().time() + timeout_s
         self._taken = 0
@@ -145,7 +162,24 @@ class _Body:
         self._count(message)
         if self._taken > self._limit:
             raise _BodyRefused(_too_large(self._taken, self._limit))
+        self._hold(len(message.get("body", b"")))
         return message
+
+    def _hold(self, size: int) -> None:
+        self._held += size
+        self._budget.held += size
+        if self._budget.held > self._budget.limit:
+            raise _BodyRefused(
+                Unavailable(
+                    "The requests in progress fill the memory for request bodies. Try again later.",
+                    retry_after_s=BODIES_RETRY_S,
+                )
+            )
+
+    def release(self) -> None:
+        """The body is held no longer. May be called twice."""
+        self._budget.held -= self._held
+        self._held = 0
 
     async def drop(self, allowance: int) -> None:
         """Read and forget up to ``allowance`` bytes."""
