@@ -17,9 +17,8 @@ from hostile.pictures import png_file as png
 from PIL import Image, ImageFile, ImageOps
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from sightline_models.config import read_config
-from sightline_models.images import ImageError, PreprocessConfig, decode_image, prepare, read_preprocess_config
-from sightline_models.presets import demo_checkpoint
+from sightline_models.config import Normalization
+from sightline_models.images import ImageError, PreprocessConfig, decode_image, prepare
 
 MAX_PIXELS = 50_000_000
 FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP"]
@@ -282,26 +281,31 @@ def test_I9_texts_are_not_taken_for_what_makes_pixels() -> None:
     assert decoded(png(header, pixels, color, text)).tolist() == [[[255, 255, 255], [4, 5, 6]]]
 
 
-def preprocess() -> PreprocessConfig:
-    return read_preprocess_config(demo_checkpoint(), read_config(demo_checkpoint()))
+NORMAL = Normalization((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 1 / 255)
+PREPARATIONS = {
+    "scaled": PreprocessConfig(None, None, (96, 96), 3, None, NORMAL, 16),
+    "cropped": PreprocessConfig(None, 96, None, 3, (96, 96), NORMAL, 16),
+    "padded": PreprocessConfig((9, 9, 9), 96, None, 3, (96, 96), NORMAL, 16),
+}
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 5), (5, 1), (1, 3000), (3000, 1), (10_000, 1), (1, 65_535), (65_535, 1)])
-def test_I12_narrow_pictures_are_prepared_or_refused(size: tuple[int, int]) -> None:
-    config = preprocess()
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (5, 1), (1, 900), (900, 1), (1, 65_535), (65_535, 1)])
+@pytest.mark.parametrize("kind", PREPARATIONS)
+def test_I12_narrow_pictures_are_prepared_or_refused(kind: str, size: tuple[int, int]) -> None:
     image = decode_image(encoded(Image.new("RGB", size, (9, 9, 9))), max_pixels=MAX_PIXELS)
-    if max(size) > 3000:
+    if max(size) > 900 and kind != "scaled":
         with pytest.raises(ImageError) as caught:
-            prepare(image, config)
+            prepare(image, PREPARATIONS[kind])
         assert caught.value.code == "image_aspect_ratio"
+        assert "Crop it" in caught.value.message
         return
-    prepared = prepare(image, config)
-    assert prepared.num_tokens == config.num_tokens
-    assert prepared.pixels.shape == prepare(picture(64, 64), config).pixels.shape
+    prepared = prepare(image, PREPARATIONS[kind])
+    assert prepared.num_tokens == 16
+    assert (prepared.pixels == np.full((96, 96, 3), 9)).all()
 
 
 def test_I17_pictures_that_differ_have_other_names() -> None:
-    config = preprocess()
+    config = PREPARATIONS["scaled"]
     bits, other = bytes(range(30)) * 300, bytes(reversed(range(30))) * 300
     colors = [bytes([value for index in range(256) for value in (index, index, shade)]) for shade in (0, 1)]
 
@@ -324,6 +328,10 @@ def test_I17_pictures_that_differ_have_other_names() -> None:
     }
     names = {prepare(decode_image(data, max_pixels=MAX_PIXELS), config).digest for data in files.values()}
     assert len(names) == len(files)
+    prepared = {
+        prepare(decode_image(files["30 x 100"], max_pixels=MAX_PIXELS), one).digest for one in PREPARATIONS.values()
+    }
+    assert len(prepared) == len(PREPARATIONS), "the same pixels, prepared otherwise"
     again = encoded(decode_image(files["30 x 100"], max_pixels=MAX_PIXELS), "BMP")
     assert prepare(decode_image(again, max_pixels=MAX_PIXELS), config).digest in names, "the file is not the picture"
 
