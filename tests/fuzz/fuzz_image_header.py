@@ -1,10 +1,7 @@
 """A coverage-guided search for bytes that the picture headers' reader doesn't take in its stride.
 
-    pip install --target /tmp/atheris atheris
-    PYTHONPATH=/tmp/atheris:models:tests python tests/fuzz/fuzz_image_header.py CORPUS -max_total_time=300 -max_len=4096
-
-A program, not a test. CORPUS is a folder that keeps what reached new code; it is begun with the base pictures of
-`tests/hostile/pictures.py`. What is found stops it and is written beside it; it belongs into
+A program, not a test: README.md beside it says how to run it. Its first argument is a folder that keeps what reached new
+code and begins with the base pictures of `tests/hostile/pictures.py`. What is found stops it, and belongs into
 `tests/models/test_image_header.py`.
 """
 
