@@ -1,7 +1,7 @@
 """A coverage-guided search for bytes that the picture headers' reader doesn't take in its stride.
 
-A program, not a test: README.md beside it says how to run it. Its first argument is a folder that keeps what reached new
-code and begins with the base pictures of `tests/hostile/pictures.py`. What is found stops it, and belongs into
+A program, not a test: README.md beside it says how to run it. Its first argument is a folder that keeps what reached
+new code and begins with the base pictures of `tests/hostile/pictures.py`. What is found stops it, and belongs into
 `tests/models/test_image_header.py`.
 """
 
