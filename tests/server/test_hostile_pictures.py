@@ -90,7 +90,7 @@ async def test_I2_I3_spoiled_pictures_are_400_or_200_and_the_next_is_served(pool
     whole = [as_file(noise(40, 30), format) for format in ("PNG", "JPEG", "WEBP", "GIF", "BMP")]
     cuts = [data[: len(data) * percent // 100] for data in whole for percent in range(1, 99, 7)]
     spoiled = [data for _, data in mutated_pictures(2026, 200)]
-    async with http(fake_app(engine, pool=pool)) as client:
+    async with http(fake_app(engine, pool=pool, refusal_delay_s=0.0)) as client:
         for data in cuts + spoiled:
             answer = await ask(client, part(data))
             if answer.status_code != 200:
