@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,6 +25,7 @@ from sightline_server.errors import ServerFault
 
 MEMO_ENTRIES = 8192
 _START_TIMEOUT_S = 30.0
+_END_TIMEOUT_S = 1.0
 _ATTEMPTS = 2
 # By the clock, for each second of processor time: the machine may be busy with other things.
 _PATIENCE = 4
@@ -119,6 +121,13 @@ class _Worker:
             raise _WorkerLost from None
         pixels: Pixels = np.frombuffer(raw, dtype=np.uint8).reshape(height, width, 3)
         return _Decoded(digest, num_tokens, pixels_count, pixels)
+
+    async def exit_status(self) -> int | None:
+        """How a process that was lost has ended; None when it hasn't."""
+        # Killing it first would race with the notice of how it ended by itself.
+        with suppress(TimeoutError):
+            return await asyncio.wait_for(self.process.wait(), _END_TIMEOUT_S)
+        return None
 
     async def end(self) -> None:
         """Ends the process at once and frees its pipes."""
@@ -264,8 +273,7 @@ class DecodePool:
             raise _TooSlow from None
         except _WorkerLost:
             assert worker is not None, "what was lost had been started"
-            await worker.end()
-            if worker.process.returncode == -signal.SIGXCPU:
+            if await worker.exit_status() == -signal.SIGXCPU:
                 raise _TooSlow from None
             raise
         finally:
