@@ -8,6 +8,7 @@ import asyncio
 import base64
 import codecs
 import hashlib
+import struct
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,8 @@ from sightline_models.config import (
     VisionConfig,
     VlmConfig,
 )
-from sightline_models.images import ImageError, PreprocessConfig
+from sightline_models.image_header import ImageError, read_header
+from sightline_models.images import PreprocessConfig
 from sightline_models.tokenizer import ChatTokenizer, EncodedChat, ImagePart, Message, TokenizerError
 from sightline_server.app import create_app
 from sightline_server.chat.decode_pool import DecodePool, ImageHandle
@@ -47,6 +49,7 @@ from sightline_server.settings import Settings
 BOS, EOS, IMAGE, VOCAB_SIZE = 256, 257, 258, 260
 IMAGE_TOKENS = 4
 CONTEXT_LENGTH = 512
+FAKE_HEADER_BYTES = 23
 MODEL_NAME = "acme/fake-vlm"
 ALIAS = "fake"
 
@@ -142,7 +145,7 @@ def fake_model(**changes: Any) -> ServedModel:
 
 @dataclass
 class FakePool:
-    """Decodes nothing: the bytes are the picture. ``bad...`` can't be decoded, ``WxH...`` has that many pixels."""
+    """Decodes nothing: what ``fake_image`` put behind the header is the picture. ``bad...`` can't be decoded."""
 
     decoded_total: int = 0
     salts: list[bytes] = field(default_factory=list)
@@ -150,21 +153,27 @@ class FakePool:
     async def read(self, data: bytes, *, salt: bytes = b"") -> ImageHandle:
         await asyncio.sleep(0)
         self.salts.append(salt)
+        header, data = read_header(data), data[FAKE_HEADER_BYTES:]
         if data.startswith(b"bad"):
             raise ImageError("invalid_image", "The image can't be decoded.")
         self.decoded_total += 1
-        width, _, height = data.partition(b" ")[0].partition(b"x")
-        pixels = int(width) * int(height) if width.isdigit() and height.isdigit() else 64
-        return ImageHandle(hashlib.sha256(data).digest(), IMAGE_TOKENS, pixels, data)
+        return ImageHandle(hashlib.sha256(data).digest(), IMAGE_TOKENS, header.pixels, data)
 
     async def pixels(self, handle: ImageHandle) -> np.ndarray[Any, Any]:
         return np.full((8, 8, 3), handle.data[0], np.uint8)
 
 
 def fake_image(data: bytes | str = b"a picture") -> dict[str, Any]:
-    """An ``image_url`` part that FakePool reads."""
+    """An ``image_url`` part that FakePool reads: a GIF's header with ``data`` in place of pixels.
+
+    It is 8 x 8 pixels, or as many as ``data`` says in front: ``600x1000...``.
+    """
     data = data.encode() if isinstance(data, str) else data
-    url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    width, _, height = data.partition(b" ")[0].partition(b"x")
+    size = (int(width), int(height)) if width.isdigit() and height.isdigit() else (8, 8)
+    header = b"GIF89a" + struct.pack("<HHBBB", *size, 0, 0, 0) + b"," + struct.pack("<HHHHB", 0, 0, *size, 0)
+    assert len(header) == FAKE_HEADER_BYTES
+    url = f"data:image/png;base64,{base64.b64encode(header + data).decode()}"
     return {"type": "image_url", "image_url": {"url": url}}
 
 

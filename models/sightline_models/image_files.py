@@ -1,23 +1,51 @@
 """Picture files to upright RGB pictures.
 
-Knows picture formats and Pillow. Knows nothing of what a model wants, of prompts or of processes.
+Knows Pillow, and which parts of a file it may see. Knows nothing of what a model wants, of prompts or of processes;
+how files are laid out is known by `image_header.py`.
 
 What a file's bytes say decides its format; a name or a media type is never asked. Of an animated picture the first
 frame counts. Colour profiles are ignored, as they are by the processors that the models were trained with.
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from io import BytesIO
+from typing import Literal
 
 import numpy as np
 from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
-# Pillow reads every one of them; a hundred thousand short notes take it a second.
-_MAX_PNG_CHUNKS = 4096
+from sightline_models.image_header import (
+    PNG_SIGNATURE,
+    Format,
+    ImageError,
+    ImageHeader,
+    check_size,
+    cut_short,
+    jpeg_segments,
+    png_chunks,
+    read_header,
+)
 
-_PNG = b"\x89PNG\r\n\x1a\n"
+__all__ = ["ImageError", "decode_image"]
+
+# The classes are called directly, not through Image.open: no other format's code is ever run on hostile bytes, and a
+# JPEG with more pictures behind the first (MPO, as phones write it) is simply its first picture.
+_OPENERS: Mapping[Format, Callable[[BytesIO], Image.Image]] = {
+    "PNG": PngImagePlugin.PngImageFile,
+    "JPEG": JpegImagePlugin.JpegImageFile,
+    "WebP": WebPImagePlugin.WebPImageFile,
+    "GIF": GifImagePlugin.GifImageFile,
+    "BMP": BmpImagePlugin.BmpImageFile,
+}
+_PNG_ESSENTIALS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+# Segments of applications and comments, but for the two that say how colours are stored (JFIF and Adobe).
+_JPEG_NOTES = frozenset(range(0xE1, 0xF0)) - {0xEE} | {0xFE}
+_JPEG_SCAN = 0xDA
+
+_WHITE = (255, 255, 255)
 _ORIENTATION_TAG = 0x0112
+_SHORT = 3
 _UPRIGHT: Mapping[int, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -29,117 +57,107 @@ _UPRIGHT: Mapping[int, Image.Transpose] = {
 }
 
 
-class ImageError(ValueError):
-    """A picture that can't be used. ``code`` is one of the API's image error codes; ``message`` is ours alone, never
-    a library's, which may hold addresses."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-        self.message = message
-
-
 def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
     """The upright RGB picture in ``data`` (PNG, JPEG, WebP, GIF or BMP), transparency laid on white.
 
     The size is checked from the header, before any pixel is decoded. Raises ImageError.
     """
-    if not data:
-        raise ImageError("empty_image_file", "The image is empty: it has no bytes.")
-    open_file = _opener(data)
+    header = read_header(data)
+    check_size(header, max_pixels)
     try:
-        # Pillow's own size limit warns at some sizes and fails at others; ours is checked right below.
+        # Pillow's own size limit warns at some sizes and fails at others; ours has been checked.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            _check_size(_webp_size(data), max_pixels)
-            _check_png_chunks(data)
-            with open_file(BytesIO(data)) as image:
-                _check_size(image.size, max_pixels)
+            with _OPENERS[header.format](BytesIO(_what_makes_pixels(data, header.format))) as image:
+                if image.size != (header.width, header.height):
+                    # What was checked, and counted in the request's budget, was a lie.
+                    raise cut_short(header.format)
                 image.load()
-                _match_depth(image, data)
-                return _to_rgb(_turn_upright(image))
+                _match_transparent_colour(image, data, header.format)
+                picture = _to_rgb(image)
+        return _turn_upright(_on_white(picture, header), header.exif)
     except ImageError:
         raise
     except MemoryError:
-        raise ImageError("image_too_large", "The image needs more memory to decode than is allowed.") from None
+        raise ImageError(
+            "image_too_large", "The image needs more memory to decode than is allowed. Scale it down."
+        ) from None
     except Exception:
         # Pillow's decoders raise whatever their format code runs into: SyntaxError, struct.error, EOFError, OSError...
-        raise ImageError("image_parse_error", "The image is damaged or cut short: it can't be decoded.") from None
-
-
-def _opener(data: bytes) -> Callable[[BytesIO], Image.Image]:
-    # The classes are called directly, not through Image.open: no other format's code is ever run on hostile bytes, and
-    # a JPEG with more pictures behind the first (MPO, as phones write it) is simply its first picture.
-    if data.startswith(_PNG):
-        return PngImagePlugin.PngImageFile
-    if data.startswith(b"\xff\xd8\xff"):
-        return JpegImagePlugin.JpegImageFile
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return WebPImagePlugin.WebPImageFile
-    if data.startswith((b"GIF87a", b"GIF89a")):
-        return GifImagePlugin.GifImageFile
-    if data.startswith(b"BM"):
-        return BmpImagePlugin.BmpImageFile
-    raise ImageError(
-        "unsupported_image_media_type",
-        "The file is no PNG, JPEG, WebP, GIF or BMP image. Convert it to one of these formats.",
-    )
-
-
-def _check_size(size: tuple[int, int] | None, max_pixels: int) -> None:
-    if size is None:
-        return
-    width, height = size
-    if width < 1 or height < 1:
-        raise ImageError("image_parse_error", f"The image is {width} x {height} pixels: it has no area.")
-    if width * height > max_pixels:
         raise ImageError(
-            "image_too_large",
-            f"The image is {width} x {height} pixels, {width * height} in all; at most {max_pixels} are allowed. "
-            "Scale it down.",
-        )
+            "image_parse_error", "The image is damaged or cut short: it can't be decoded. Save it anew."
+        ) from None
 
 
-def _webp_size(data: bytes) -> tuple[int, int] | None:
-    """(width, height) as a WebP file's first chunk says; Pillow would allocate the whole canvas to find out."""
-    if data[:4] != b"RIFF" or len(data) < 30:
-        return None
-    kind, body = data[12:16], data[20:30]
-    if kind == b"VP8X":
-        return int.from_bytes(body[4:7], "little") + 1, int.from_bytes(body[7:10], "little") + 1
-    if kind == b"VP8L":
-        bits = int.from_bytes(body[1:5], "little")
-        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    if kind == b"VP8 ":
-        return int.from_bytes(body[6:8], "little") & 0x3FFF, int.from_bytes(body[8:10], "little") & 0x3FFF
-    return None
+def _what_makes_pixels(data: bytes, format: Format) -> bytes:
+    """``data`` without texts, profiles, metadata and further frames, so far as that is easily told: Pillow unpacks
+    and parses them when it opens a file, and takes some texts for its own notes."""
+    if format == "PNG":
+        return b"".join([PNG_SIGNATURE, *(data[start:end] for start, end in _essential_chunks(data))])
+    if format == "JPEG":
+        return b"".join([b"\xff\xd8", *_essential_segments(data)])
+    return data
 
 
-def _check_png_chunks(data: bytes) -> None:
-    """Raises ImageError when too many chunks stand before the pixels."""
-    place = len(_PNG) if data.startswith(_PNG) else len(data)
-    for _ in range(_MAX_PNG_CHUNKS):
-        if place >= len(data) or data[place + 4 : place + 8] == b"IDAT":
+def _essential_chunks(data: bytes) -> Iterator[tuple[int, int]]:
+    for kind, start, end in png_chunks(data):
+        if kind in _PNG_ESSENTIALS:
+            yield start, end
+
+
+def _essential_segments(data: bytes) -> Iterator[bytes]:
+    for marker, start, end in jpeg_segments(data):
+        if marker == _JPEG_SCAN:
+            yield data[start:]
             return
-        place += 12 + int.from_bytes(data[place : place + 4], "big")
-    raise ImageError("image_parse_error", f"The PNG has more than {_MAX_PNG_CHUNKS} chunks before its pixels.")
+        if marker not in _JPEG_NOTES:
+            yield data[start:end]
 
 
-def _match_depth(image: Image.Image, data: bytes) -> None:
-    """Pillow keeps the high byte of 16-bit colours, but the transparent colour as the file has it."""
+def _match_transparent_colour(image: Image.Image, data: bytes, format: Format) -> None:
+    """Makes a PNG's transparent colour one of the samples that Pillow made.
+
+    Pillow keeps the colour as the file has it, 16 bits a sample, of which those beyond the picture's depth count for
+    nothing; of colours it keeps the high byte of 16 bits, and it spreads grey of 2 or 4 bits over 8.
+    """
     clear = image.info.get("transparency")
-    if data.startswith(_PNG) and data[24] == 16 and isinstance(clear, tuple):
-        image.info["transparency"] = tuple(value >> 8 for value in clear)
+    if format != "PNG" or image.mode == "P" or clear is None:
+        return
+    depth = data[24]
+    if isinstance(clear, tuple):
+        image.info["transparency"] = tuple(value >> 8 if depth == 16 else value & 0xFF for value in clear)
+    elif image.mode == "L":
+        largest = (1 << depth) - 1
+        image.info["transparency"] = (clear & largest) * (255 // largest)
 
 
-def _turn_upright(image: Image.Image) -> Image.Image:
-    try:
-        orientation = image.getexif().get(_ORIENTATION_TAG)
-    except Exception:
-        # A picture with broken metadata is still a picture.
-        return image
-    method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
-    return image if method is None else image.transpose(method)
+def _on_white(picture: Image.Image, header: ImageHeader) -> Image.Image:
+    """Where a first frame doesn't reach there is nothing; Pillow fills in black or the file's first colour."""
+    if header.box is None:
+        return picture
+    white = Image.new("RGB", picture.size, _WHITE)
+    white.paste(picture.crop(header.box), header.box)
+    return white
+
+
+def _turn_upright(picture: Image.Image, exif: bytes) -> Image.Image:
+    method = _UPRIGHT.get(_orientation(exif))
+    return picture if method is None else picture.transpose(method)
+
+
+def _orientation(exif: bytes) -> int:
+    """The orientation of an EXIF block, 1 (upright) to 8; 1 when there is none, or none of these."""
+    orders: Mapping[bytes, Literal["little", "big"]] = {b"II*\0": "little", b"MM\0*": "big"}
+    order = orders.get(exif[:4])
+    if order is None:
+        return 1
+    start = int.from_bytes(exif[4:8], order)
+    entries = int.from_bytes(exif[start : start + 2], order)
+    for place in range(start + 2, min(start + 2 + 12 * entries, len(exif) - 11), 12):
+        tag, kind, value = (int.from_bytes(exif[place + at : place + at + 2], order) for at in (0, 2, 8))
+        if tag == _ORIENTATION_TAG:
+            return value if kind == _SHORT and value in _UPRIGHT else 1
+    return 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -149,7 +167,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if "A" in image.getbands() or transparency is not None:
         # Dropping alpha instead would show colours that no viewer shows: a way to hide text from people.
         rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        white = Image.new("RGBA", rgba.size, (*_WHITE, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")
 
@@ -157,7 +175,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _scale_16_bit(image: Image.Image) -> Image.Image:
     """Grey of 16 bits as grey of 8, divided by 257; Pillow's own conversion clips everything above 255 to white."""
     values = np.asarray(image)
-    grey = ((np.clip(values, 0, 65535).astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if values.dtype != np.uint16:
+        values = np.clip(values, 0, 65535).astype(np.uint16)
+    scaled = ((np.arange(65536, dtype=np.uint32) + 128) // 257).astype(np.uint8)
+    grey = scaled[values]
     clear = image.info.get("transparency")
     if isinstance(clear, int):
         grey[values == clear] = 255

@@ -246,7 +246,12 @@ class Settings:
     decode_workers: int = _row(
         0, "Processes that decode images. 0: half the cores, at least one.", section="Image decoding", minimum=0
     )
-    decode_timeout_s: float = _row(10.0, "Seconds one image may take to decode.", section="Image decoding", minimum=0.1)
+    decode_timeout_s: float = _row(
+        4.0,
+        "Seconds of processor time one image may take to decode; by the clock, four times as many.",
+        section="Image decoding",
+        minimum=0.1,
+    )
     decode_memory_mb: int = _row(
         2048, "Address space of one decode process, in MiB.", section="Image decoding", minimum=256
     )

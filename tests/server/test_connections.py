@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from api_calls import CHAT, chat_body, eventually, running
-from fakes import FakeEngine, fake_app, fake_model
+from fakes import FakeEngine, fake_app, fake_image, fake_model
 
 from sightline_server.chat.prompt import build_prompt
 
@@ -176,8 +176,7 @@ def test_O3_a_body_that_never_arrives() -> None:
 
 
 def test_a_large_body_does_not_take_seconds() -> None:
-    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * (48 * 2**20)}}
-    body = json.dumps(chat_body(messages=[{"role": "user", "content": [part]}]))
+    body = json.dumps(chat_body(messages=[{"role": "user", "content": [fake_image(bytes(36 * 2**20))]}]))
     with running(fake_app(max_image_mb=64)) as address:
         started = time.monotonic()
         answer = httpx.post(address + CHAT, content=body, headers={"Content-Type": "application/json"}, timeout=30)

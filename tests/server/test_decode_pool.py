@@ -77,7 +77,7 @@ def open_files() -> int:
 
 
 @contextmanager
-def workers_killed(pool: DecodePool, times: int) -> Iterator[list[int]]:
+def workers_killed(pool: DecodePool, times: int, by: signal.Signals = signal.SIGKILL) -> Iterator[list[int]]:
     """Kills each worker as soon as it is there, ``times`` of them."""
     killed: list[int] = []
 
@@ -85,7 +85,7 @@ def workers_killed(pool: DecodePool, times: int) -> Iterator[list[int]]:
         while len(killed) < times:
             for pid in pool.worker_pids():
                 if pid not in killed and len(killed) < times:
-                    os.kill(pid, signal.SIGKILL)
+                    os.kill(pid, by)
                     killed.append(pid)
             await asyncio.sleep(0.001)
 
@@ -116,7 +116,7 @@ async def test_a_file_seen_before_is_not_decoded_until_its_pixels_are_wanted(poo
     assert pool.decoded_total == 2
 
 
-async def test_salts_do_not_share_what_was_seen(pool: DecodePool) -> None:
+async def test_I17_salts_do_not_share_what_was_seen(pool: DecodePool) -> None:
     for salt in (b"", b"one", b"two", b"one"):
         await pool.read(png(picture()), salt=salt)
     assert pool.decoded_total == 3
@@ -139,7 +139,7 @@ async def test_the_memo_is_bounded(pool: DecodePool, monkeypatch: pytest.MonkeyP
     assert pool.decoded_total == 5
 
 
-async def test_refusals_keep_their_code_and_the_worker(pool: DecodePool) -> None:
+async def test_I1_I5_refusals_keep_their_code_and_the_worker(pool: DecodePool) -> None:
     pids = pool.worker_pids()
     cases = {
         b"": "empty_image_file",
@@ -174,8 +174,17 @@ async def test_an_image_that_ends_two_workers_is_refused(pool: DecodePool) -> No
     assert len(pool.worker_pids()) == 1
 
 
-async def test_an_image_past_its_deadline_is_refused_and_its_worker_ended() -> None:
-    pool = make_pool(timeout_s=0.02)
+async def test_I18_an_image_that_uses_up_its_processor_time_is_not_tried_again(pool: DecodePool) -> None:
+    # The signal that the kernel sends then.
+    with workers_killed(pool, times=1, by=signal.SIGXCPU) as killed, pytest.raises(ImageError) as refused:
+        await pool.read(slow_png())
+    assert refused.value.code == "image_parse_error"
+    assert len(killed) == 1
+    assert (await pool.read(png(picture()))).pixels_count == 70 * 90
+
+
+async def test_I18_an_image_past_its_deadline_is_refused_and_its_worker_ended() -> None:
+    pool = make_pool(timeout_s=0.005)
     await pool.start()
     pids = pool.worker_pids()
     with pytest.raises(ImageError) as refused:
@@ -186,7 +195,7 @@ async def test_an_image_past_its_deadline_is_refused_and_its_worker_ended() -> N
     await pool.close()
 
 
-async def test_memory_is_limited() -> None:
+async def test_I5_memory_is_limited() -> None:
     pool = make_pool(memory_mb=256, max_pixels=10**9)
     await pool.start()
     with pytest.raises(ImageError) as refused:
@@ -196,7 +205,7 @@ async def test_memory_is_limited() -> None:
     await pool.close()
 
 
-async def test_processor_time_is_limited() -> None:
+async def test_I18_processor_time_is_limited() -> None:
     pool = make_pool()
     await pool.start()
     (pid,) = pool.worker_pids()

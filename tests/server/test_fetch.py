@@ -1,6 +1,7 @@
 """Image URLs: what a data: URL holds is read strictly, everything else is refused with a way out."""
 
 import base64
+import binascii
 from urllib.parse import quote_from_bytes
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sightline_models.images import ImageError
+from sightline_server.chat import fetch
 from sightline_server.chat.fetch import read_image_url
 
 LIMIT = 1000
@@ -43,7 +45,7 @@ def refused(url: str, max_bytes: int = LIMIT) -> ImageError:
         f"data:,{quote_from_bytes(DATA)}",
     ],
 )
-def test_what_rfc_2397_allows(url: str) -> None:
+def test_I14_I15_what_rfc_2397_allows(url: str) -> None:
     assert read(url) == DATA
 
 
@@ -66,20 +68,20 @@ def test_what_rfc_2397_allows(url: str) -> None:
         "A",
     ],
 )
-def test_base64_that_is_not_quite(payload: str) -> None:
+def test_I15_base64_that_is_not_quite(payload: str) -> None:
     error = refused(f"data:image/png;base64,{payload}")
     assert error.code == "invalid_base64_image"
     assert "padding" in error.message
 
 
-def test_nothing_is_no_error_here() -> None:
+def test_I1_nothing_is_no_error_here() -> None:
     # An empty file is refused where files are decoded, in the same words for every source.
     assert read("data:image/png;base64,") == b""
     assert read("data:,") == b""
 
 
-def test_a_data_url_needs_its_comma() -> None:
-    assert refused("data:image/png;base64").code == "invalid_image_url"
+def test_I15_a_data_url_needs_its_comma() -> None:
+    assert refused("data:image/gif;base64").code == "invalid_image_url"
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,7 @@ def test_every_other_source_is_refused(url: str) -> None:
     assert "data:image/png;base64," in error.message
 
 
-def test_the_limit_counts_decoded_bytes() -> None:
+def test_I16_the_limit_counts_decoded_bytes() -> None:
     assert read(f"data:;base64,{B64}", 256) == DATA
     assert read(f"data:,{quote_from_bytes(DATA)}", 256) == DATA
     for url in (f"data:;base64,{B64}", f"data:,{quote_from_bytes(DATA)}"):
@@ -115,8 +117,8 @@ def test_the_limit_counts_decoded_bytes() -> None:
         assert "255" in error.message
 
 
-def test_megabytes_of_nonsense_are_refused() -> None:
-    assert refused("data:;base64," + "=" * 4_000_000, 1 << 20).code == "image_file_too_large"
+def test_I15_megabytes_of_nonsense_are_refused() -> None:
+    assert refused("data:;base64," + "=" * 6_000_000, 1 << 20).code == "image_file_too_large"
     assert refused("data:;base64," + "=" * 4_000_000, 1 << 24).code == "invalid_base64_image"
     assert refused("data:," + "%41" * 400_000, 1 << 24).code == "invalid_image_url"
     assert read("data:,\ud800x") == b"?x"
@@ -124,13 +126,13 @@ def test_megabytes_of_nonsense_are_refused() -> None:
 
 
 @given(st.binary(max_size=300), st.text(" \t\r\n", max_size=5), st.integers(0, 400))
-def test_base64_comes_back_whatever_the_spaces(data: bytes, space: str, place: int) -> None:
+def test_I15_base64_comes_back_whatever_the_spaces(data: bytes, space: str, place: int) -> None:
     text = base64.b64encode(data).decode()
     assert read(f"data:image/webp;base64,{text[:place]}{space}{text[place:]}") == data
 
 
 @given(st.text(max_size=40))
-def test_any_text_is_data_or_an_image_error(payload: str) -> None:
+def test_I15_any_text_is_data_or_an_image_error(payload: str) -> None:
     url = f"data:;base64,{payload}"
     try:
         made = read(url)
@@ -138,3 +140,33 @@ def test_any_text_is_data_or_an_image_error(payload: str) -> None:
         made = str(error).encode()
         payload = "refused"
     assert payload == "refused" or len(made) <= len(payload) * 3 // 4
+
+
+@pytest.mark.parametrize("piece", range(1, 14))
+def test_I15_pieces_join_without_a_seam(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "UNDONE_AT_ONCE", piece)
+    spaced = B64.replace("A", "A \n").replace("+", "%2B").replace("/", "%2f").replace("=", "%3D%20")
+    for length in range(12):
+        text = base64.b64encode(DATA[:length]).decode()
+        assert read(f"data:;base64,{text}") == DATA[:length]
+    assert read(f"data:;base64,{spaced}") == DATA
+    for wrong in ("QQ==QQ==", "QQ=Q", "QQ", "QUJ", "QUJD=", "QUJDRA=", "QUJD%3", "QUJD%", "=QUJD", "QUJD%%"):
+        assert refused(f"data:;base64,{wrong}").code == "invalid_base64_image"
+    assert refused(f"data:;base64,{B64}", 255).code == "image_file_too_large"
+
+
+def test_I16_a_large_picture_is_undone_in_pieces_with_a_pause_after_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else in the process runs while one is undone, so none may take more than about a millisecond."""
+    undone, pauses = [], []
+    undo = binascii.a2b_base64
+
+    def noted(text: bytes, **options: bool) -> bytes:
+        undone.append(len(text))
+        return undo(text, **options)
+
+    monkeypatch.setattr(fetch.binascii, "a2b_base64", noted)
+    monkeypatch.setattr(fetch.time, "sleep", pauses.append)
+    data = bytes(range(256)) * 60_000
+    assert read("data:;base64," + base64.b64encode(data).decode(), 1 << 24) == data
+    assert max(undone) <= 1 << 18
+    assert len(pauses) > 70

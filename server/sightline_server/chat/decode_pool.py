@@ -1,8 +1,9 @@
 """Decodes images in worker processes and remembers which files it has seen.
 
 Knows processes, pipes and deadlines, and what `decode_worker.py` says on them. Knows no picture formats, no requests.
-A hostile file ends at most the worker that decodes it: the worker is replaced, the file is tried once more, and then
-refused. A file seen before is known by its bytes and not decoded again until someone asks for its pixels.
+A hostile file ends at most the worker that decodes it: the worker is replaced, and the file is tried once more, unless
+it took too long, and then refused. A file seen before is known by its bytes and not decoded again until someone asks
+for its pixels.
 """
 
 import asyncio
@@ -10,8 +11,10 @@ import functools
 import hashlib
 import json
 import os
+import signal
 import sys
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,7 +25,10 @@ from sightline_server.errors import ServerFault
 
 MEMO_ENTRIES = 8192
 _START_TIMEOUT_S = 30.0
+_END_TIMEOUT_S = 1.0
 _ATTEMPTS = 2
+# By the clock, for each second of processor time: the machine may be busy with other things.
+_PATIENCE = 4
 # Hashing this much takes about a millisecond; more is done off the event loop.
 _HASH_INLINE = 1 << 20
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -57,7 +63,11 @@ class _Facts:
 
 
 class _WorkerLost(Exception):
-    """The worker ended, or had to be ended, before it answered."""
+    """The worker ended before it answered."""
+
+
+class _TooSlow(Exception):
+    """The worker had to be ended: its time was up. Once more would be as much in vain."""
 
 
 class _Worker:
@@ -112,6 +122,13 @@ class _Worker:
         pixels: Pixels = np.frombuffer(raw, dtype=np.uint8).reshape(height, width, 3)
         return _Decoded(digest, num_tokens, pixels_count, pixels)
 
+    async def exit_status(self) -> int | None:
+        """How a process that was lost has ended; None when it hasn't."""
+        # Killing it first would race with the notice of how it ended by itself.
+        with suppress(TimeoutError):
+            return await asyncio.wait_for(self.process.wait(), _END_TIMEOUT_S)
+        return None
+
     async def end(self) -> None:
         """Ends the process at once and frees its pipes."""
         if self.process.returncode is None:
@@ -124,8 +141,8 @@ class _Worker:
 
 
 class DecodePool:
-    """``workers`` processes that decode images, each within ``timeout_s`` seconds and ``memory_mb`` MiB of address
-    space, for pictures of at most ``max_pixels`` pixels."""
+    """``workers`` processes that decode images, each within ``timeout_s`` seconds of processor time and ``memory_mb``
+    MiB of address space, for pictures of at most ``max_pixels`` pixels."""
 
     def __init__(
         self, preprocess: PreprocessConfig, *, workers: int, timeout_s: float, memory_mb: int, max_pixels: int
@@ -232,10 +249,13 @@ class DecodePool:
                 made = await self._attempt(data)
             except _WorkerLost:
                 continue
+            except _TooSlow:
+                break
             self.decoded_total += 1
             return made
         raise ImageError(
-            "image_parse_error", "The image can't be decoded within this server's limits of time and memory."
+            "image_parse_error",
+            "The image can't be decoded within this server's limits of time and memory. Scale it down or save it anew.",
         )
 
     async def _attempt(self, data: bytes) -> _Decoded:
@@ -243,14 +263,19 @@ class DecodePool:
         healthy = False
         try:
             worker = worker or await self._start_worker()
-            made = await asyncio.wait_for(worker.decode(data), self._timeout_s)
+            made = await asyncio.wait_for(worker.decode(data), self._timeout_s * _PATIENCE)
             healthy = True
             return made
         except ImageError:
             healthy = True
             raise
         except TimeoutError:
-            raise _WorkerLost from None
+            raise _TooSlow from None
+        except _WorkerLost:
+            assert worker is not None, "what was lost had been started"
+            if await worker.exit_status() == -signal.SIGXCPU:
+                raise _TooSlow from None
+            raise
         finally:
             if worker is not None and not healthy:
                 self._workers.discard(worker)

@@ -1,11 +1,13 @@
-"""A request's pictures read together, within its limits. Knows limits and where each picture stands; no formats."""
+"""A request's pictures read together, within its limits. Knows limits and where each picture stands; no
+formats and no pixels."""
 
 import asyncio
 from collections.abc import Awaitable, Sequence
 
-from sightline_models.images import ImageError, Pixels
+from sightline_models.image_header import ImageError, check_size, read_header
+from sightline_models.images import Pixels
 from sightline_server.chat.decode_pool import DecodePool, ImageHandle
-from sightline_server.chat.fetch import read_image_url
+from sightline_server.chat.fetch import ImageSource, read_image_url
 from sightline_server.chat.prompt import ImagePlace
 from sightline_server.errors import InvalidRequest
 from sightline_server.settings import Settings
@@ -29,28 +31,28 @@ class RequestPictures:
 async def read_pictures(
     places: Sequence[ImagePlace], pool: DecodePool, settings: Settings, *, salt: bytes
 ) -> RequestPictures:
-    """Read all of them at once. Raises InvalidRequest naming the picture that is wrong, and how."""
+    """Check all of them by their headers, then decode all at once.
+
+    Raises InvalidRequest naming the picture that is wrong, and how; nothing is decoded when a header is.
+    """
     if len(places) > settings.max_images:
         raise InvalidRequest(
             f"This request holds {len(places)} images; at most {settings.max_images} are allowed.",
             code="too_many_images",
             param="messages",
         )
-    budget = _PixelBudget(settings.max_request_megapixels)
+    # In a thread: undoing the base64 of a large picture takes tens of milliseconds.
+    sources = await asyncio.to_thread(_open_all, places, settings)
 
-    async def read(place: ImagePlace) -> ImageHandle:
+    async def read(place: ImagePlace, source: ImageSource) -> ImageHandle:
         try:
-            # Off the event loop: undoing the base64 of a large picture takes tens of milliseconds.
-            source = await asyncio.to_thread(read_image_url, place.url, max_bytes=int(settings.max_image_mb * MIB))
-            handle = await pool.read(source.data, salt=salt)
+            return await pool.read(source.data, salt=salt)
         except ImageError as error:
-            raise InvalidRequest(error.message, code=error.code, param=place.param) from None
-        budget.take(handle.pixels_count, place.param)
-        return handle
+            raise _refusal(error, place) from None
 
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(read(place)) for place in places]
+            tasks = [group.create_task(read(*pair)) for pair in zip(places, sources, strict=True)]
     except BaseExceptionGroup as failures:
         # Several may have failed before the others were called off: the one that stands first is told.
         errors = [task.exception() for task in tasks if not task.cancelled()]
@@ -58,17 +60,30 @@ async def read_pictures(
     return RequestPictures([task.result() for task in tasks], pool)
 
 
-class _PixelBudget:
-    def __init__(self, megapixels: float) -> None:
-        self._megapixels = megapixels
-        self._taken = 0
+def _open_all(places: Sequence[ImagePlace], settings: Settings) -> list[ImageSource]:
+    """The files, each of which has a header that promises a picture within the limits, and all together within theirs.
 
-    def take(self, pixels: int, param: str) -> None:
-        self._taken += pixels
-        if self._taken > self._megapixels * MEGA:
+    A decoder finds the size that the header told, or refuses the file. Raises InvalidRequest.
+    """
+    sources, taken = [], 0
+    for place in places:
+        try:
+            source = read_image_url(place.url, max_bytes=int(settings.max_image_mb * MIB))
+            header = read_header(source.data)
+            check_size(header, int(settings.max_image_megapixels * MEGA))
+        except ImageError as error:
+            raise _refusal(error, place) from None
+        taken += header.pixels
+        if taken > settings.max_request_megapixels * MEGA:
             raise InvalidRequest(
-                f"The images of this request have {self._taken / MEGA:.1f} megapixels together; "
-                f"at most {self._megapixels:g} are allowed. Scale them down.",
+                f"The images of this request have at least {taken / MEGA:.1f} megapixels together; "
+                f"at most {settings.max_request_megapixels:g} are allowed. Scale them down.",
                 code="image_too_large",
-                param=param,
+                param=place.param,
             )
+        sources.append(source)
+    return sources
+
+
+def _refusal(error: ImageError, place: ImagePlace) -> InvalidRequest:
+    return InvalidRequest(error.message, code=error.code, param=place.param)
