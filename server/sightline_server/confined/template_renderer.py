@@ -23,8 +23,10 @@ from sightline_server.confined.template_wire import ANSWER, DONE, MAX_SENTENCE, 
 
 log = logging.getLogger(__name__)
 
-RENDER_S = 5.0
-"""Of processor time, and of time, that a template may take to be compiled or rendered once."""
+CPU_S = 4.0
+"""Of processor time that a template may take to be compiled and tried, or to be rendered once, to the next second."""
+RENDER_S = 10.0
+"""Of time that a rendering may take, on a machine however busy."""
 _START_S = 30.0
 _MEMORY_MB = 512
 # One for each thread that makes prompts; they are started when they are needed.
@@ -46,7 +48,7 @@ class _Child:
     """One process and its pipes; does one job at a time."""
 
     def __init__(self) -> None:
-        options = {"parent": os.getpid(), "memory_mb": _MEMORY_MB, "cpu_s": RENDER_S}
+        options = {"parent": os.getpid(), "memory_mb": _MEMORY_MB, "cpu_s": CPU_S}
         self.process = subprocess.Popen(
             process.command("sightline_server.confined.template_worker", json.dumps(options)),
             stdin=subprocess.PIPE,
@@ -139,7 +141,7 @@ class TemplateRenderer:
             self._idle.put(self._start())
         except (_LostError, _TooSlowError):
             raise TokenizerError(
-                f"The chat template can't be compiled and tried within {RENDER_S:g} seconds and {_MEMORY_MB} MiB. "
+                f"The chat template can't be compiled and tried within {CPU_S:g} seconds and {_MEMORY_MB} MiB. "
                 "Give another one with --chat-template."
             ) from None
 
