@@ -17,7 +17,7 @@ from sightline_models.checkpoint_files import read_entries
 from sightline_models.config import CheckpointError, read_config
 from sightline_models.tiny import write_checkpoint
 from sightline_models.vlm import Vlm
-from sightline_models.weights import load_vlm, random_vlm
+from sightline_models.weights import is_finite, load_vlm, random_vlm
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -203,6 +203,22 @@ def test_E13_weights_that_are_not_numbers(folder: Path, number: float) -> None:
     edit(folder, lambda w: w["language_model.model.layers.0.mlp.up_proj.weight"].view(-1)[77:78].fill_(number))
     with pytest.raises(CheckpointError, match=r"up_proj.weight holds .* not finite in float32"):
         load(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_E13_one_number_that_is_none_is_found_wherever_it_is(dtype: torch.dtype) -> None:
+    assert is_finite(torch.empty(0, 3, dtype=dtype))
+    for shape in ((1,), (67, 31), (1027,)):
+        weights = torch.randn(shape, dtype=torch.float32).to(dtype)
+        weights.view(-1)[0] = torch.finfo(dtype).max
+        assert is_finite(weights)
+        count = weights.numel()
+        for place in {0, count - 1, *range(0, count, 101)}:
+            for number in (float("nan"), float("inf"), float("-inf")):
+                spoiled = weights.clone()
+                spoiled.view(-1)[place] = number
+                assert not is_finite(spoiled), (place, number)
+                assert not is_finite(spoiled.expand(2, *shape).transpose(0, 1))
 
 
 def test_weights_that_overflow_half_precision(folder: Path) -> None:
