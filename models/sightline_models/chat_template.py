@@ -17,7 +17,7 @@ import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Protocol
 
 import jinja2
 import jinja2.ext
@@ -76,11 +76,33 @@ class Span:
     by_user: bool
 
 
+class Template(Protocol):
+    """A chat template, wherever it runs."""
+
+    def render(self, messages: Sequence[Message]) -> tuple[Span, ...]:
+        """The chat as text up to where the answer begins; raises TokenizerError where that can't be had."""
+
+
+class TemplateMaker(Protocol):
+    def __call__(
+        self, source: str, special_tokens: Mapping[str, str], image_token: str, control_tokens: Collection[str]
+    ) -> Template:
+        """What ``ChatTemplate`` does. Raises TokenizerError for a template that can't be used."""
+
+
+def output_limit(messages: Sequence[Message]) -> int:
+    """Characters that a template may write for ``messages``."""
+    return MAX_EXTRA_CHARACTERS + 4 * sum(
+        len(part.text) for message in messages for part in message.parts if isinstance(part, TextPart)
+    )
+
+
 class ChatTemplate:
-    """A compiled template with the special tokens it may name.
+    """A compiled template with the special tokens it may name. It runs in this process: whoever serves strangers'
+    templates has a process for them that can be ended.
 
     ``image_token`` is the text that stands for a picture, ``control_tokens`` are the texts of all added tokens.
-    Raises TokenizerError for a template that is no Jinja.
+    Raises TokenizerError for a template that is no Jinja, or that can't render the plainest question.
     """
 
     def __init__(
@@ -92,6 +114,10 @@ class ChatTemplate:
             raise TokenizerError(
                 f"The chat template can't be parsed: {error}. Give another one with --chat-template."
             ) from None
+        except Exception as error:
+            raise TokenizerError(
+                f"The chat template can't be compiled ({type(error).__name__}). Give another one with --chat-template."
+            ) from None
         self._variables = {"image_token": image_token, **special_tokens}
         self._image_token = image_token
         self._control_tokens = control_tokens
@@ -101,15 +127,16 @@ class ChatTemplate:
         for role in _PROBES:
             self._takes_parts[role] = self._understands_parts(role)
         self._writes_images = self._takes_parts["user"] and self._understands_images()
+        self._refuse_useless()
 
-    def render(self, messages: Sequence[Message]) -> tuple[Span, ...]:
+    def render(self, messages: Sequence[Message], now: datetime | None = None) -> tuple[Span, ...]:
         """The chat as text up to where the answer begins, in spans of alternating authors.
 
         Raises TokenizerError, with the template's own words where it refuses the messages.
         """
-        now = datetime.now()
+        now = now or datetime.now()
         written = [part.text for message in messages for part in message.parts if isinstance(part, TextPart)]
-        limit = MAX_EXTRA_CHARACTERS + 4 * sum(map(len, written))
+        limit = output_limit(messages)
         plain = self._run(self._arguments(messages, str), now, limit)
         marks = _Marks(self._control_tokens)
         spans = marks.spans(self._run(self._arguments(messages, marks.wrap), now, limit * 64))
@@ -179,6 +206,17 @@ class ChatTemplate:
         shown = self._try([Message("user", (ImagePart(), TextPart(_PROBE)))])
         return shown is not None and self._image_token in shown
 
+    def _refuse_useless(self) -> None:
+        question = _PROBES["user"]
+        try:
+            self.render(question)
+        except TokenizerError as error:
+            # Some templates want to be told who they are first.
+            if self._try((_INSTRUCTION, *question)) is None:
+                raise TokenizerError(
+                    f"The chat template can't render a plain question. {error} Give another one with --chat-template."
+                ) from None
+
     def _try(self, messages: Sequence[Message]) -> str | None:
         try:
             return self._run(self._arguments(messages, str), datetime.now(), MAX_EXTRA_CHARACTERS)
@@ -188,6 +226,7 @@ class ChatTemplate:
 
 _PROBE = "What is this?"
 _QUESTION = Message("user", (TextPart("Hello"),))
+_INSTRUCTION = Message("system", (TextPart("Be brief."),))
 _PROBES: Mapping[str, tuple[Message, ...]] = {
     "user": (Message("user", (TextPart(_PROBE),)),),
     "assistant": (_QUESTION, Message("assistant", (TextPart(_PROBE),)), _QUESTION),

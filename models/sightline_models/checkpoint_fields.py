@@ -1,17 +1,20 @@
 """Reads the JSON files of a checkpoint field by field, with errors that name file and field.
 
-Knows types and ranges. Knows no meaning of any field; imports the standard library alone.
+Knows types and ranges. Knows no meaning of any field; imports no torch.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sightline_models.checkpoint_folder import CheckpointError as CheckpointError
+from sightline_models.checkpoint_folder import find_file, read_settings
 
-class CheckpointError(ValueError):
-    """A checkpoint folder that can't be served; the sentence names the file or field, and the fix."""
+# What any length or count of a tensor may be; far beyond what is served, and no overflow anywhere.
+_MOST = 2**31 - 1
+# Characters of a value that an error repeats.
+_MAX_SHOWN = 200
 
 
 @dataclass(frozen=True)
@@ -27,15 +30,9 @@ class Fields:
 
     @classmethod
     def of_file(cls, path: Path, why: str) -> "Fields":
-        if not path.is_file():
+        if find_file(path.parent, path.name) is None:
             raise CheckpointError(f"{path} is missing: {why}")
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"{path} is not valid JSON: {error}; fetch the file again") from error
-        if not isinstance(values, dict):
-            raise CheckpointError(f"{path} must hold a JSON object, not a {type(values).__name__}")
-        return cls(path, "", values)
+        return cls(path, "", read_settings(path))
 
     def section(self, name: str, default: Mapping[str, Any] | None = None) -> "Fields":
         values = self.values.get(name)
@@ -52,18 +49,24 @@ class Fields:
         return f"{self.file}: {self.prefix}{name}"
 
     def error(self, name: str, value: Any, wanted: str) -> CheckpointError:
-        return CheckpointError(f"{self.where(name)} is {value!r}; it must be {wanted}")
+        shown = repr(value) if not isinstance(value, int) or abs(value) < 1 << 64 else "a number of many digits"
+        return CheckpointError(f"{self.where(name)} is {shown[:_MAX_SHOWN]}; it must be {wanted}")
 
-    def integer(self, name: str, default: int | None = None, *, least: int = 1) -> int:
+    def integer(self, name: str, default: int | None = None, *, least: int = 1, most: int = _MOST) -> int:
         value = self._given(name, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise self.error(name, value, f"a whole number of at least {least}")
+        if value > most:
+            raise self.error(name, value, f"a whole number of at most {most}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self._given(name, default)
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise self.error(name, value, "a number")
+        # Half the exponents of a float: no power or product of two of them overflows.
+        if not abs(value) < 1e150:
+            raise self.error(name, value, "a finite number")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:

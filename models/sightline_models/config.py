@@ -15,6 +15,8 @@ from sightline_models.quantization_config import Quantization, read_compressed_s
 
 ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu")
 DTYPES = ("bfloat16", "float16", "float32")
+MAX_LAYERS = 1000
+"""Of a tower or a decoder: layers are built before weights are looked at."""
 
 # What transformers gives a LlavaConfig whose vision_config is left out altogether.
 _LLAVA_VISION: Mapping[str, Any] = {
@@ -232,11 +234,6 @@ def read_generation_defaults(folder: Path, config: VlmConfig) -> GenerationDefau
 
 def _check_kind(top: Fields) -> str:
     for fields in (top, top.section("text_config"), top.section("vision_config")):
-        if fields.get("auto_map", None):
-            raise CheckpointError(
-                f"{fields.where('auto_map')}: this checkpoint wants to run code of its own, which is never done; "
-                "take a checkpoint whose architecture transformers has built in"
-            )
         if fields is not top and fields.get("quantization_config", None):
             raise CheckpointError(
                 f"{fields.where('quantization_config')}: this release reads how weights are quantized from the top "
@@ -260,7 +257,7 @@ def _read_vision(top: Fields) -> VisionConfig:
     vision = VisionConfig(
         hidden_size=fields.integer("hidden_size", 768),
         intermediate_size=fields.integer("intermediate_size", 3072),
-        num_layers=fields.integer("num_hidden_layers", 12),
+        num_layers=fields.integer("num_hidden_layers", 12, most=MAX_LAYERS),
         num_heads=fields.integer("num_attention_heads", 12),
         image_size=fields.integer("image_size", 224),
         patch_size=fields.integer("patch_size", 32),
@@ -292,7 +289,7 @@ def _read_decoder(top: Fields) -> DecoderConfig:
         vocab_size=fields.integer("vocab_size", 32000),
         hidden_size=hidden_size,
         intermediate_size=fields.integer("intermediate_size", 11008),
-        num_layers=fields.integer("num_hidden_layers", 32),
+        num_layers=fields.integer("num_hidden_layers", 32, most=MAX_LAYERS),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from sightline_models.checkpoint_folder import find_file, read_settings
 from sightline_models.config import CheckpointError, Normalization, VlmConfig
 from sightline_models.image_files import ImageError, decode_image
 
@@ -166,8 +167,8 @@ def read_preprocess_config(folder: Path, config: VlmConfig) -> PreprocessConfig:
     Raises CheckpointError, naming the field, for a processor whose pixels we could not reproduce or that doesn't fit
     the tower.
     """
-    processor = _read_json(folder / "processor_config.json")
-    fields = processor.get("image_processor") or _read_json(folder / "preprocessor_config.json")
+    processor = _read_settings(folder, "processor_config.json")
+    fields = processor.get("image_processor") or _read_settings(folder, "preprocessor_config.json")
     if not isinstance(fields, dict) or not fields:
         raise CheckpointError(
             f"{folder.name} has no preprocessor_config.json and no image_processor in processor_config.json: pictures "
@@ -181,7 +182,7 @@ def read_preprocess_config(folder: Path, config: VlmConfig) -> PreprocessConfig:
             f"image_processor_type {kind!r} is not supported; this release prepares pictures as "
             f"{' or '.join(_PROCESSOR_TYPES[::2])} does."
         )
-    for field in ("auto_map", "use_square_size", "pad_size"):
+    for field in ("use_square_size", "pad_size"):
         if fields.get(field):
             raise CheckpointError(f"The image processor's field {field!r} is not supported by this release.")
     pads = bool(fields.get("do_pad"))
@@ -210,16 +211,9 @@ def read_preprocess_config(folder: Path, config: VlmConfig) -> PreprocessConfig:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        raise CheckpointError(f"{path.name} can't be read as JSON; copy it from the original checkpoint.") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path.name} must hold a JSON object, not a {type(value).__name__}.")
-    return value
+def _read_settings(folder: Path, name: str) -> dict[str, Any]:
+    file = find_file(folder, name)
+    return {} if file is None else read_settings(file)
 
 
 def _check_token_count(processor: Mapping[str, Any], config: VlmConfig) -> None:

@@ -4,7 +4,6 @@ Knows the files of a checkpoint folder and where images stand in a prompt. Templ
 of their own: `chat_template.py`, `text_encoder.py`, `detokenizer.py`.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,18 @@ from sightline_models.chat_template import (
     ImagePart,
     Message,
     Span,
+    TemplateMaker,
     TextPart,
     TokenizerError,
+)
+from sightline_models.checkpoint_folder import (
+    MAX_TEMPLATE_BYTES,
+    MAX_TOKENIZER_BYTES,
+    CheckpointError,
+    find_file,
+    read_object,
+    read_settings,
+    read_text,
 )
 from sightline_models.config import VlmConfig
 from sightline_models.detokenizer import Detokenizer, TokenBytes, read_token_bytes
@@ -33,6 +42,7 @@ __all__ = [
     "Message",
     "TextPart",
     "TokenizerError",
+    "read_chat_template",
 ]
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -51,7 +61,12 @@ class ChatTokenizer:
     """Made by ``load``; holds no state of any request."""
 
     def __init__(
-        self, spec: Mapping[str, Any], settings: Mapping[str, Any], template: str, image_token_id: int
+        self,
+        spec: Mapping[str, Any],
+        settings: Mapping[str, Any],
+        template: str,
+        image_token_id: int,
+        make_template: TemplateMaker = ChatTemplate,
     ) -> None:
         """``spec`` is the content of ``tokenizer.json``, ``settings`` that of ``tokenizer_config.json``."""
         tokenizer = make_tokenizer({**spec, "padding": None, "truncation": None})
@@ -71,20 +86,47 @@ class ChatTokenizer:
         self._tokens: TokenBytes = read_token_bytes(tokenizer, spec.get("decoder"), frozenset(special))
         self._bos_token = named.get("bos_token")
         self._before, self._after = _affixes(tokenizer)
-        self._template = ChatTemplate(template, named, self._image_token, frozenset(contents.values()))
+        self._template = make_template(template, named, self._image_token, frozenset(contents.values()))
         self.vocab_size = len(self._tokens.table)
         """One more than the highest id that has a token; a padded model may know more ids."""
 
     @classmethod
-    def load(cls, folder: Path, config: VlmConfig, *, chat_template: str | None = None) -> "ChatTokenizer":
+    def load(
+        cls,
+        folder: Path,
+        config: VlmConfig,
+        *,
+        chat_template: str | None = None,
+        make_template: TemplateMaker = ChatTemplate,
+    ) -> "ChatTokenizer":
         """The tokenizer of a checkpoint folder, with ``chat_template`` (Jinja text) in place of its own if given.
 
-        Raises TokenizerError, naming the file and the fix, when something is missing or can't be read.
+        ``make_template`` decides where the template runs: by itself, in this process. Raises TokenizerError or
+        CheckpointError, naming the file and the fix, when something is missing or can't be read.
         """
-        spec = _read_json(folder / "tokenizer.json")
-        if spec is None:
+        file = find_file(folder, "tokenizer.json")
+        if file is None:
             raise TokenizerError(_no_tokenizer(folder))
-        settings = _read_json(folder / "tokenizer_config.json") or {}
+        try:
+            return cls._of_files(folder, config, read_object(file, MAX_TOKENIZER_BYTES), chat_template, make_template)
+        except (CheckpointError, TokenizerError):
+            raise
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            raise TokenizerError(
+                f"{folder.name}: tokenizer.json or tokenizer_config.json doesn't have the form it should "
+                f"({type(error).__name__}). Copy both from the original checkpoint."
+            ) from error
+
+    @classmethod
+    def _of_files(
+        cls,
+        folder: Path,
+        config: VlmConfig,
+        spec: dict[str, Any],
+        chat_template: str | None,
+        make_template: TemplateMaker,
+    ) -> "ChatTokenizer":
+        settings = _read_settings(folder, "tokenizer_config.json")
         _add_missing_tokens(spec, settings)
         template = chat_template or _find_template(folder, settings)
         if template is None:
@@ -94,7 +136,12 @@ class ChatTokenizer:
                     "Give a Jinja template with --chat-template."
                 )
             template = VICUNA_TEMPLATE
-        return cls(spec, settings, template, config.image_token_id)
+        if len(template) > MAX_TEMPLATE_BYTES:
+            raise TokenizerError(
+                f"{folder.name}: the chat template has more than {MAX_TEMPLATE_BYTES} characters. "
+                "Give another one with --chat-template."
+            )
+        return cls(spec, settings, template, config.image_token_id, make_template)
 
     def encode_chat(self, messages: Sequence[Message], image_lengths: Sequence[int]) -> EncodedChat:
         """The prompt up to where the answer begins, ``image_lengths[i]`` placeholders for the i-th image.
@@ -146,6 +193,14 @@ class ChatTokenizer:
         return bool(self._bos_token and spans and not spans[0].by_user and spans[0].text.startswith(self._bos_token))
 
 
+def read_chat_template(file: str) -> str | None:
+    """The Jinja text that an operator gives in place of a checkpoint's, or None where ``file`` is empty.
+
+    Raises CheckpointError for a file that can't be read, isn't text, or is larger than any template.
+    """
+    return read_text(Path(file), MAX_TEMPLATE_BYTES) if file else None
+
+
 def _no_tokenizer(folder: Path) -> str:
     if (folder / "tokenizer.model").is_file():
         return (
@@ -155,16 +210,9 @@ def _no_tokenizer(folder: Path) -> str:
     return f"{folder.name} has no tokenizer.json: copy it from the original checkpoint."
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        value = None
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path.name} is no JSON object; copy it from the original checkpoint.")
-    return value
+def _read_settings(folder: Path, name: str) -> dict[str, Any]:
+    file = find_file(folder, name)
+    return {} if file is None else read_settings(file)
 
 
 def _content(token: Any) -> str | None:
@@ -189,10 +237,10 @@ def _add_missing_tokens(spec: dict[str, Any], settings: Mapping[str, Any]) -> No
 
 def _find_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     """A processor's template before the tokenizer's: the latter may not know of pictures."""
-    if (file := folder / "chat_template.jinja").is_file():
-        return file.read_text("utf-8")
+    if (file := find_file(folder, "chat_template.jinja")) is not None:
+        return read_text(file, MAX_TEMPLATE_BYTES)
     for name in ("chat_template.json", "processor_config.json"):
-        if template := (_read_json(folder / name) or {}).get("chat_template"):
+        if template := _read_settings(folder, name).get("chat_template"):
             return str(template)
     template = settings.get("chat_template")
     if isinstance(template, list):

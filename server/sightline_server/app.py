@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
@@ -29,7 +29,19 @@ from sightline_server.routes.edge import BodyLimits, Edge
 from sightline_server.routes.origins import Doorkeeper, Origins
 from sightline_server.settings import Settings
 
+if TYPE_CHECKING:
+    # Older releases have none, and take the argument without a word.
+    from fastapi.telemetry import TelemetryConfig
+
 PROMPT_THREADS = 2
+# FastAPI's own would send requests' traces wherever the environment's OTEL_* variables say.
+_NO_TELEMETRY: "TelemetryConfig" = {
+    "auto_configure": False,
+    "tracing": False,
+    "metrics": False,
+    "logs": False,
+    "operation_spans": False,
+}
 
 
 def create_app(engine: EngineClient, model: ServedModel, images: DecodePool, settings: Settings) -> FastAPI:
@@ -52,6 +64,7 @@ def create_app(engine: EngineClient, model: ServedModel, images: DecodePool, set
         redoc_url=None,
         redirect_slashes=False,
         lifespan=lifespan,
+        telemetry=_NO_TELEMETRY,
     )
     app.state.draining = False
     app.state.context = Context(

@@ -17,7 +17,7 @@ from sightline_models.checkpoint_files import read_entries
 from sightline_models.config import CheckpointError, read_config
 from sightline_models.tiny import write_checkpoint
 from sightline_models.vlm import Vlm
-from sightline_models.weights import load_vlm, random_vlm
+from sightline_models.weights import is_finite, load_vlm, random_vlm
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -159,7 +159,7 @@ def test_a_head_saved_beside_its_tied_embedding_is_ignored(tmp_path: Path) -> No
     assert torch.equal(some_logits(load(tmp_path)), expected)
 
 
-def test_pickles_are_refused_unopened(folder: Path) -> None:
+def test_E14_pickles_are_refused_unopened(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
     # Opening this would create the file named in it.
     canary = folder / "opened"
@@ -182,7 +182,7 @@ def test_no_weights_at_all(folder: Path) -> None:
         (lambda content: content[:-1], "are there"),
         (lambda content: content + b"\0", "are there"),
         (lambda content: (2**63).to_bytes(8, "little") + content[8:], "claims"),
-        (lambda content: content[:8] + b"[" + content[9:], "not JSON"),
+        (lambda content: content[:8] + b"[" + content[9:], "not an object"),
         (lambda content: content.replace(b'"F32"', b'"I32"', 1), "has dtype I32"),
         (lambda content: content.replace(b'"F32"', b'"Q99"', 1), "dtype Q99"),
         (lambda content: content.replace(b'"F32"', b'"F16"', 1), "claims .* bytes for shape"),
@@ -190,7 +190,7 @@ def test_no_weights_at_all(folder: Path) -> None:
         (lambda content: content.replace(b'"shape":[', b'"shape":[-', 1), "malformed"),
     ],
 )
-def test_broken_files_are_named(folder: Path, spoil: Callable[[bytes], bytes], sentence: str) -> None:
+def test_E13_broken_files_are_named(folder: Path, spoil: Callable[[bytes], bytes], sentence: str) -> None:
     file = folder / WEIGHTS
     file.write_bytes(spoil(file.read_bytes()))
     with pytest.raises(CheckpointError, match=sentence) as caught:
@@ -199,10 +199,26 @@ def test_broken_files_are_named(folder: Path, spoil: Callable[[bytes], bytes], s
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_weights_that_are_not_numbers(folder: Path, number: float) -> None:
+def test_E13_weights_that_are_not_numbers(folder: Path, number: float) -> None:
     edit(folder, lambda w: w["language_model.model.layers.0.mlp.up_proj.weight"].view(-1)[77:78].fill_(number))
     with pytest.raises(CheckpointError, match=r"up_proj.weight holds .* not finite in float32"):
         load(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_E13_one_number_that_is_none_is_found_wherever_it_is(dtype: torch.dtype) -> None:
+    assert is_finite(torch.empty(0, 3, dtype=dtype))
+    for shape in ((1,), (67, 31), (1027,)):
+        weights = torch.randn(shape, dtype=torch.float32).to(dtype)
+        weights.view(-1)[0] = torch.finfo(dtype).max
+        assert is_finite(weights)
+        count = weights.numel()
+        for place in {0, count - 1, *range(0, count, 101)}:
+            for number in (float("nan"), float("inf"), float("-inf")):
+                spoiled = weights.clone()
+                spoiled.view(-1)[place] = number
+                assert not is_finite(spoiled), (place, number)
+                assert not is_finite(spoiled.expand(2, *shape).transpose(0, 1))
 
 
 def test_weights_that_overflow_half_precision(folder: Path) -> None:
@@ -212,7 +228,7 @@ def test_weights_that_overflow_half_precision(folder: Path) -> None:
         load(folder, torch.float16)
 
 
-def test_shards_and_their_index(tmp_path: Path) -> None:
+def test_E13_shards_and_their_index(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, shards=3)
     shard = tmp_path / "model-00002-of-00003.safetensors"
     moved = tmp_path / "elsewhere"
@@ -234,7 +250,7 @@ def test_shards_and_their_index(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
+def test_E13_a_tensor_in_two_shards(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, shards=2)
     first, second = (load_file(tmp_path / f"model-0000{i}-of-00002.safetensors") for i in (1, 2))
     name = next(iter(first))

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import signal
-import sys
 from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,7 +19,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from sightline_models.images import ImageError, Pixels, PreprocessConfig
-from sightline_server.chat.decode_worker import ANSWER, DECODED, JOB, REFUSED
+from sightline_server.chat.decode_worker import ANSWER, DECODED, REFUSED
+from sightline_server.confined.process import JOB, command, environment
 from sightline_server.errors import ServerFault
 
 MEMO_ENTRIES = 8192
@@ -31,7 +31,6 @@ _ATTEMPTS = 2
 _PATIENCE = 4
 # Hashing this much takes about a millisecond; more is done off the event loop.
 _HASH_INLINE = 1 << 20
-_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
 @dataclass
@@ -82,13 +81,11 @@ class _Worker:
 
     @classmethod
     async def start(cls, options: str) -> "_Worker":
-        # No environment but what it needs: no secret of the server is in reach of a hostile file.
-        paths = os.pathsep.join(path for path in sys.path if path)
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-S", "-P", "-m", "sightline_server.chat.decode_worker", options),
+            *command("sightline_server.chat.decode_worker", options),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            env={"PYTHONPATH": paths, **_ONE_THREAD},
+            env=environment(),
         )
         worker = cls(process)
         try:

@@ -13,7 +13,8 @@ from sightline_models.config import (
 from sightline_models.images import PreprocessConfig, read_preprocess_config
 from sightline_models.presets import demo_checkpoint
 from sightline_models.quantization_config import choose_quantization
-from sightline_models.tokenizer import ChatTokenizer
+from sightline_models.tokenizer import ChatTokenizer, Message, TextPart, TokenizerError, read_chat_template
+from sightline_server.confined.template_renderer import TemplateRenderer
 from sightline_server.errors import ModelNotFound
 from sightline_server.settings import Settings, SettingsError
 
@@ -46,8 +47,9 @@ class ServedModel:
             raise SettingsError(
                 f"--max-model-len {settings.max_model_len} is more than the {longest} positions of this checkpoint."
             )
-        template = Path(settings.chat_template).read_text("utf-8") if settings.chat_template else None
-        tokenizer = ChatTokenizer.load(folder, config, chat_template=template)
+        template = read_chat_template(settings.chat_template)
+        tokenizer = ChatTokenizer.load(folder, config, chat_template=template, make_template=TemplateRenderer)
+        _refuse_too_short(settings, tokenizer)
         if tokenizer.vocab_size > config.decoder.vocab_size:
             raise CheckpointError(
                 f"{folder.name}: tokenizer.json knows {tokenizer.vocab_size} tokens, the model's vocab_size is "
@@ -75,6 +77,22 @@ class ServedModel:
             raise ModelNotFound(
                 f"The model {name[:_MAX_SHOWN_NAME]!r} does not exist. This server serves {known}.", param=param
             )
+
+
+def _refuse_too_short(settings: Settings, tokenizer: ChatTokenizer) -> None:
+    """Raises SettingsError for a context that the shortest question doesn't fit into with a token of an answer."""
+    if not settings.max_model_len:
+        return
+    try:
+        needed = len(tokenizer.encode_chat([Message("user", (TextPart("?"),))], []).token_ids) + 1
+    except TokenizerError:
+        # A template that wants more than a question; requests will tell.
+        needed = 2
+    if settings.max_model_len < needed:
+        raise SettingsError(
+            f"--max-model-len {settings.max_model_len} leaves no room for a chat: the shortest question and one token "
+            f"of an answer take {needed}. Give more, or leave it out."
+        )
 
 
 def _default_name(folder: Path, settings: Settings) -> str:

@@ -77,6 +77,11 @@ def allow_many_connections() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+def leave_no_core() -> None:
+    """Keeps this process, and those it starts, from writing what users sent into a core dump."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+
+
 class StopSignals:
     """SIGINT and SIGTERM: the first asks for an orderly end, the second ends the process at once.
 

@@ -25,7 +25,15 @@ from sightline_server.auth import read_keys
 from sightline_server.chat.decode_pool import DecodePool
 from sightline_server.chat.model import ServedModel
 from sightline_server.cli.announce import LoadingProgress, ReadyServer
-from sightline_server.cli.lifetime import HttpServer, ServeError, StopSignals, allow_many_connections, first_of, listen
+from sightline_server.cli.lifetime import (
+    HttpServer,
+    ServeError,
+    StopSignals,
+    allow_many_connections,
+    first_of,
+    leave_no_core,
+    listen,
+)
 from sightline_server.cli.terminal import complain
 from sightline_server.engine.client import EngineStartError
 from sightline_server.engine.fleet import make_engines
@@ -112,6 +120,7 @@ def _checkpoint_folder(settings: Settings, kept: contextlib.ExitStack) -> Path:
 
 
 async def _serve(settings: Settings, folder: Path, kept: contextlib.ExitStack) -> int:
+    leave_no_core()
     keys = read_keys(settings)
     model = ServedModel.load(folder, settings)
     listener = listen(settings.host, settings.port)

@@ -19,6 +19,7 @@ from sightline_models.decoder import kernel_workload
 from sightline_models.images import read_preprocess_config
 from sightline_models.parameter_count import count_parameters, weight_bytes
 from sightline_models.quantization_config import Quantization, choose_quantization
+from sightline_models.tokenizer import read_chat_template
 from sightline_models.vlm import Vlm
 from sightline_models.weights import load_vlm, random_vlm
 from sightline_server.engine.blocks import BlockPool
@@ -95,7 +96,7 @@ def load_engine(folder: Path, settings: Settings, progress: Progress) -> tuple[E
     subject = Subject(
         folder=folder,
         config=config,
-        chat_template=Path(settings.chat_template).read_text("utf-8") if settings.chat_template else None,
+        chat_template=read_chat_template(settings.chat_template),
         quantization=quantization,
         dtype=dtype,
         device=device,

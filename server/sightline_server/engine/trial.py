@@ -22,6 +22,7 @@ from sightline_models.images import Pixels, prepare, read_preprocess_config
 from sightline_models.kv import KvPool
 from sightline_models.tokenizer import ChatTokenizer, ImagePart, Message, TextPart
 from sightline_models.vlm import Vlm
+from sightline_server.confined.template_renderer import TemplateRenderer
 from sightline_server.engine.batch import build_batch
 from sightline_server.engine.transfer import to_device
 from sightline_server.engine.types import (
@@ -76,7 +77,7 @@ def draw_cases(folder: Path, config: VlmConfig, *, chat_template: str | None, lo
 
     Raises CheckpointError, TokenizerError or ImageError for files that can't be used.
     """
-    tokenizer = ChatTokenizer.load(folder, config, chat_template=chat_template)
+    tokenizer = ChatTokenizer.load(folder, config, chat_template=chat_template, make_template=TemplateRenderer)
     preprocess = read_preprocess_config(folder, config)
     # The one typeface that needs no package beside Pillow.
     look = replace(PLAIN, fonts=(AILERON,))

@@ -1,0 +1,62 @@
+"""How a program that is given strangers' files is started, and how it confines itself.
+
+Knows processes, limits and the header of a job. Knows no pictures and no templates; imports the standard library alone.
+"""
+
+import ctypes
+import os
+import resource
+import signal
+import struct
+import sys
+
+JOB = struct.Struct("<Q")
+"""Length of what follows."""
+
+_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+_PR_SET_PDEATHSIG = 1
+_PR_SET_NO_NEW_PRIVS = 38
+
+
+def command(module: str, options: str) -> tuple[str, ...]:
+    """What starts ``module`` as a program with one argument."""
+    return (sys.executable, "-S", "-P", "-m", module, options)
+
+
+def environment() -> dict[str, str]:
+    """All that the program gets: no secret of the server is in reach of a hostile file."""
+    return {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), **_ONE_THREAD}
+
+
+def confine(*, parent: int, memory_mb: int) -> None:
+    """For the program's first line: from here it ends with ``parent``, holds no file but the standard ones, has at
+    most ``memory_mb`` MiB of address space, and makes no file, no core dump and no privileged process."""
+    # uvloop lets a new process inherit the pipes of its siblings, whose end would then go unnoticed.
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    # Both reach every process of a terminal or a service; the server decides when its workers end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform == "linux":
+        library = ctypes.CDLL(None)
+        library.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        library.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    if os.getppid() != parent:
+        # It ended before the lines above took effect.
+        sys.exit(1)
+    limit = memory_mb << 20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+
+def silence() -> None:
+    """Libraries print their complaints about a file; errors of the program's own start have been shown by now."""
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stderr.fileno())
+
+
+def limit_cpu(seconds: float) -> None:
+    """At most ``seconds`` of processor time from now on; beyond, the kernel ends this process."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    soft = int(used.ru_utime + used.ru_stime + seconds) + 1
+    resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
