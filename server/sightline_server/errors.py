@@ -54,6 +54,12 @@ class InvalidKey(ApiError):
     default_code = "invalid_api_key"
 
 
+class Forbidden(ApiError):
+    status = 403
+    type = "invalid_request_error"
+    default_code = "insufficient_scope"
+
+
 class NotFound(ApiError):
     status = 404
     type = "invalid_request_error"
@@ -80,6 +86,14 @@ class BodyTooLarge(ApiError):
     status = 413
     type = "invalid_request_error"
     default_code = "request_too_large"
+
+
+class RateLimited(ApiError):
+    """One key's own limit, whatever the others do."""
+
+    status = 429
+    type = "rate_limit_error"
+    default_code = "rate_limit_exceeded"
 
 
 class ServerFault(ApiError):

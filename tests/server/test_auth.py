@@ -7,7 +7,7 @@ import pytest
 from api_calls import CHAT, chat_body, http, openai_client
 from fakes import FakeEngine, FakePool, fake_app, fake_image
 
-from sightline_server.auth import read_keys
+from sightline_server.auth.keyring import plain_keys
 from sightline_server.settings import Settings, SettingsError
 
 KEYS = ("sk-one", "sk-zwö")
@@ -101,16 +101,16 @@ async def test_keys_share_no_cache() -> None:
 def test_keys_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("# ours\nsk-a\n\n  sk-b  # for ann\nsk-a\n", "utf-8")
-    assert read_keys(Settings(api_key=("sk-c",), api_key_file=str(file))) == ("sk-c", "sk-a", "sk-b")
+    assert plain_keys(Settings(api_key=("sk-c",), api_key_file=str(file))) == ("sk-c", "sk-a", "sk-b")
     file.write_text("# none yet\n", "utf-8")
     with pytest.raises(SettingsError, match="holds no key"):
-        read_keys(Settings(api_key_file=str(file)))
+        plain_keys(Settings(api_key_file=str(file)))
 
 
 @pytest.mark.parametrize("key", ["", "a b", "a\tb", "a\nb"])
 def test_keys_that_no_client_could_send(key: str) -> None:
     with pytest.raises(SettingsError, match="API key number 1"):
-        read_keys(Settings(api_key=(key,)))
+        plain_keys(Settings(api_key=(key,)))
 
 
 async def test_browsers_of_allowed_origins_alone() -> None:

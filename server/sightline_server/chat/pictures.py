@@ -1,7 +1,7 @@
 """A request's pictures read together, within its limits. Knows limits and where each picture stands; no formats."""
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from sightline_models.images import ImageError, Pixels
 from sightline_server.chat.decode_pool import DecodePool, ImageHandle
@@ -27,9 +27,17 @@ class RequestPictures:
 
 
 async def read_pictures(
-    places: Sequence[ImagePlace], pool: DecodePool, settings: Settings, *, salt: bytes
+    places: Sequence[ImagePlace],
+    pool: DecodePool,
+    settings: Settings,
+    *,
+    salt: bytes,
+    decoded: Callable[[int], None] = lambda pixels: None,
 ) -> RequestPictures:
-    """Read all of them at once. Raises InvalidRequest naming the picture that is wrong, and how."""
+    """Read all of them at once; ``decoded`` hears the pixels of each.
+
+    Raises InvalidRequest naming the picture that is wrong, and how.
+    """
     if len(places) > settings.max_images:
         raise InvalidRequest(
             f"This request holds {len(places)} images; at most {settings.max_images} are allowed.",
@@ -45,6 +53,7 @@ async def read_pictures(
             handle = await pool.read(source.data, salt=salt)
         except ImageError as error:
             raise InvalidRequest(error.message, code=error.code, param=place.param) from None
+        decoded(handle.pixels_count)
         budget.take(handle.pixels_count, place.param)
         return handle
 
