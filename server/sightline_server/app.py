@@ -31,6 +31,7 @@ from sightline_server.routes.edge import BodyLimits, Edge
 from sightline_server.settings import Settings
 
 PROMPT_THREADS = 2
+ROUTERS = (chat.router, models.router, health.router)
 
 
 def create_app(
@@ -76,7 +77,7 @@ def create_app(
         quotas=Quotas(),
         prompt_threads=prompt_threads,
     )
-    open_paths = access.include(app, (chat.router, models.router, health.router))
+    open_paths = access.include(app, ROUTERS)
     failures.register(app)
     # The last one added is the first one met.
     app.add_middleware(BodyLimits, max_mb=settings.max_body_mb, timeout_s=settings.body_timeout_s)

@@ -47,7 +47,7 @@ def read_until(connection: socket.socket, mark: bytes) -> bytes:
 @pytest.mark.parametrize("choices", [1, 3])
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("after", [0, 4])
-def test_leaving_frees_the_engine(stream: bool, after: int, choices: int) -> None:
+def test_O5_leaving_frees_the_engine(stream: bool, after: int, choices: int) -> None:
     engine = FakeEngine("0123456789")
     engine.pause_after = after
     app = fake_app(engine)
@@ -62,7 +62,7 @@ def test_leaving_frees_the_engine(stream: bool, after: int, choices: int) -> Non
     assert 'sightline_requests_total{endpoint="chat",outcome="cancelled"} 1.0' in metrics
 
 
-def test_leaving_before_the_prompt_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_O5_leaving_before_the_prompt_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     entered, go_on = threading.Event(), threading.Event()
     engine = FakeEngine()
 
@@ -96,6 +96,33 @@ def test_requests_in_preparation_fill_the_queue_too(monkeypatch: pytest.MonkeyPa
         later = httpx.post(address + CHAT, json=chat_body())
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "server_is_overloaded")
     assert later.status_code == 200
+
+
+def test_O1_bodies_on_their_way_have_a_bound_together() -> None:
+    """Told from what is announced: not a byte of the first two has come, nor does one of the third."""
+    with running(fake_app(max_body_mb=1, max_held_mb=1.5)) as address:
+        with post(address, b"", length=2**20) as first, post(address, b"", length=2**18):
+            time.sleep(0.1)
+            with post(address, b"", length=2**20) as third:
+                answer = read_until(third, b"}}")
+            small = httpx.post(address + CHAT, json=chat_body())
+            first.sendall(b"x" * 2**20)
+            assert read_until(first, b"}}").startswith(b"HTTP/1.1 400")
+        wait_until(lambda: httpx.post(address + CHAT, json=chat_body(user="u" * 2**19)).status_code == 200)
+    assert answer.startswith(b"HTTP/1.1 503")
+    assert b'"code":"server_is_overloaded"' in answer
+    assert b"retry-after: 2" in answer.lower()
+    assert small.status_code == 200, "there is room for it"
+
+
+def test_O1_a_body_of_unknown_length_counts_as_the_longest() -> None:
+    chunked = "Transfer-Encoding: chunked\r\n"
+    with running(fake_app(max_body_mb=1, max_held_mb=1.5)) as address:
+        with post(address, b"", headers=chunked), post(address, b"", headers=chunked) as second:
+            assert read_until(second, b"}}").startswith(b"HTTP/1.1 503")
+            # Alone it may be longer than the bound.
+        with running(fake_app(max_body_mb=1, max_held_mb=0.001)) as other:
+            assert httpx.post(other + CHAT, json=chat_body()).status_code == 200
 
 
 def test_leaving_right_after_the_finish_is_no_failure() -> None:

@@ -185,8 +185,8 @@ def _locked(path: Path) -> Iterator[list[str]]:
         yield lines
         _replace(path, "".join(lines))
         os.fsync(folder)
-    except PermissionError as error:
-        raise KeysFileError(f"The folder {str(path.parent)!r} can't be written: {error.strerror}.") from None
+    except OSError as error:
+        raise KeysFileError(f"{str(path)!r} can't be written and stays as it was: {error.strerror}.") from None
     finally:
         os.close(folder)
 
