@@ -104,7 +104,7 @@ class ServerFault(ApiError):
 
 
 class Unavailable(ApiError):
-    """503: overloaded, draining, or the engine is (re)starting or out of memory."""
+    """503: overloaded, queued for too long, draining, or the engine is (re)starting or out of memory."""
 
     status = 503
     type = "service_unavailable_error"

@@ -1,0 +1,138 @@
+"""Ten times what the demo model can do: refusals stay quick, answers as many as at the peak, other keys get their turn.
+
+Prints its figures (`pytest -s -m slow`). Minutes long, and nothing else may run beside it.
+"""
+
+import asyncio
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from sightline_server.auth.keys_file import create_key
+from sightline_server.auth.principal import Limits, Scope
+
+StartServer = Callable[..., Any]
+CHAT = "/v1/chat/completions"
+SECONDS = 10.0
+BODY = {
+    "model": "sightline-demo",
+    "messages": [{"role": "user", "content": "Describe the picture, please, as long as you can."}],
+    "max_tokens": 64,
+    "ignore_eos": True,
+}
+
+
+def p99(values: list[float]) -> float:
+    return statistics.quantiles(values, n=100)[-1]
+
+
+async def offer(client: httpx.AsyncClient, per_s: float) -> tuple[float, list[float]]:
+    """Sends so many requests a second whatever comes back. Answers a second, and seconds to each refusal."""
+    answered: list[float] = []
+    refused: list[float] = []
+
+    async def one() -> None:
+        began = time.perf_counter()
+        answer = await client.post(CHAT, json=BODY)
+        now = time.perf_counter()
+        if answer.status_code == 200:
+            answered.append(now)
+        else:
+            assert answer.status_code == 503, answer.text
+            refused.append(now - began)
+
+    began = due = time.perf_counter()
+    tasks = []
+    while due < began + SECONDS:
+        tasks.append(asyncio.create_task(one()))
+        due += 1 / per_s
+        await asyncio.sleep(max(0.0, due - time.perf_counter()))
+    # While the queue fills nothing is refused, and while it empties nothing is offered: neither is overload.
+    end = time.perf_counter()
+    await asyncio.gather(*tasks)
+    return sum(began + 3 < moment <= end for moment in answered) / (end - began - 3), refused
+
+
+async def peak_per_s(client: httpx.AsyncClient, at_once: int) -> float:
+    count, until = 0, time.perf_counter() + SECONDS
+
+    async def keep_asking() -> None:
+        nonlocal count
+        while time.perf_counter() < until:
+            assert (await client.post(CHAT, json=BODY)).status_code == 200
+            count += time.perf_counter() <= until
+
+    await asyncio.gather(*(keep_asking() for _ in range(at_once)))
+    return count / SECONDS
+
+
+@pytest.mark.slow
+async def test_O1_at_ten_times_capacity(start_server: StartServer) -> None:
+    server = start_server("--max-running", "32", "--max-queue", "32")
+    server.wait_for("/ready", 200)
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
+        await peak_per_s(client, 32)
+        peak = max([await peak_per_s(client, at_once) for at_once in (32, 48)])
+        good, refused = await offer(client, 10 * peak)
+    slowest = p99(refused)
+    print(
+        f"\npeak {peak:.1f} answers/s; at ten times that {good:.1f} ({good / peak:.0%}), {len(refused)} refusals: "
+        f"median {statistics.median(refused) * 1000:.1f} ms, p99 {slowest * 1000:.1f} ms"
+    )
+    assert good >= 0.9 * peak
+    assert slowest < 0.020
+
+
+@pytest.mark.slow
+async def test_O14_a_flood_leaves_another_key_its_turn(start_server: StartServer, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    headers = {
+        name: {"Authorization": f"Bearer {create_key(file, name, (Scope.CHAT,), Limits())[1]}"}
+        for name in ("flood", "other")
+    }
+    server = start_server("--max-running", "16", "--max-queue", "256", "--keys-file", str(file))
+    server.wait_for("/ready", 200)
+    limits = httpx.Limits(max_connections=None)
+
+    async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
+
+        async def first_token_s() -> float:
+            began = time.perf_counter()
+            async with client.stream("POST", CHAT, json=BODY | {"stream": True}, headers=headers["other"]) as answer:
+                assert answer.status_code == 200
+                async for line in answer.aiter_lines():
+                    if '"content":"' in line and '"content":""' not in line:
+                        break
+                seconds = time.perf_counter() - began
+                async for _ in answer.aiter_lines():
+                    pass
+            return seconds
+
+        async def waits(flooding: int) -> list[float]:
+            """Seconds to another's first tokens beside so many of the flooding key's at one time."""
+            stop = asyncio.Event()
+
+            async def flood() -> None:
+                while not stop.is_set():
+                    answer = await client.post(CHAT, json=BODY, headers=headers["flood"])
+                    if answer.status_code != 200:
+                        await asyncio.sleep(0.2)
+
+            tasks = [asyncio.create_task(flood()) for _ in range(flooding)]
+            await asyncio.sleep(2)
+            seen = [await first_token_s() for _ in range(60)]
+            stop.set()
+            await asyncio.gather(*tasks)
+            return seen
+
+        await waits(16)
+        full, flooded = await waits(16), await waits(160)
+    print(f"\nfirst token, p99: beside a full house {p99(full) * 1000:.0f} ms, flooded {p99(flooded) * 1000:.0f} ms")
+    print(f"median: {statistics.median(full) * 1000:.0f} and {statistics.median(flooded) * 1000:.0f} ms")
+    assert p99(flooded) <= 2 * p99(full)
