@@ -38,10 +38,11 @@ class PlainClient:
     """Sends one body again and again over connections that are kept: the client shares the server's cores, and a
     whole HTTP library would take a good part of them."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, body: dict[str, Any] = BODY, key: str = "none") -> None:
         self._address = urlsplit(url)
-        content = json.dumps(BODY).encode()
+        content = json.dumps(body).encode()
         head = f"POST {CHAT} HTTP/1.1\r\nHost: {self._address.netloc}\r\nContent-Type: application/json\r\n"
+        head += f"Authorization: Bearer {key}\r\n"
         self._request = f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
@@ -128,19 +129,16 @@ async def test_O1_at_ten_times_capacity(start_server: StartServer) -> None:
 @pytest.mark.slow
 async def test_O14_a_flood_leaves_another_key_its_turn(start_server: StartServer, tmp_path: Path) -> None:
     file = tmp_path / "keys"
-    headers = {
-        name: {"Authorization": f"Bearer {create_key(file, name, (Scope.CHAT,), Limits())[1]}"}
-        for name in ("flood", "other")
-    }
+    flooding_key, other_key = (create_key(file, name, (Scope.CHAT,), Limits())[1] for name in ("flood", "other"))
+    headers = {"Authorization": f"Bearer {other_key}"}
     server = start_server("--max-running", "16", "--max-queue", "256", "--keys-file", str(file))
     server.wait_for("/ready", 200)
-    limits = httpx.Limits(max_connections=None)
-
-    async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
+    flooder = PlainClient(server.url, SHORT, flooding_key)
+    async with httpx.AsyncClient(base_url=server.url, timeout=120) as client, aclosing(flooder):
 
         async def first_token_s() -> float:
             began = time.perf_counter()
-            async with client.stream("POST", CHAT, json=SHORT | {"stream": True}, headers=headers["other"]) as answer:
+            async with client.stream("POST", CHAT, json=SHORT | {"stream": True}, headers=headers) as answer:
                 assert answer.status_code == 200
                 async for line in answer.aiter_lines():
                     if '"content":"' in line and '"content":""' not in line:
@@ -153,12 +151,12 @@ async def test_O14_a_flood_leaves_another_key_its_turn(start_server: StartServer
 
             async def flood() -> None:
                 while not stop.is_set():
-                    answer = await client.post(CHAT, json=SHORT, headers=headers["flood"])
-                    if answer.status_code != 200:
+                    if await flooder.ask() != 200:
                         await asyncio.sleep(0.2)
 
             tasks = [asyncio.create_task(flood()) for _ in range(flooding)]
-            await asyncio.sleep(2)
+            # Until not all that were sent at once end at once.
+            await asyncio.sleep(RAMP_S)
             seen = [await first_token_s() for _ in range(50)]
             stop.set()
             await asyncio.gather(*tasks)
