@@ -256,7 +256,7 @@ def test_K4_time_tells_nothing_of_how_much_of_a_key_is_right() -> None:
     assert looks[-1] < 4.5, looks
 
 
-def test_K8_a_key_and_its_id_cannot_be_guessed(tmp_path: Path) -> None:
+def test_a_key_and_its_id_cannot_be_guessed(tmp_path: Path) -> None:
     made = [create_key(tmp_path / "keys", f"k{i}", (Scope.CHAT,), Limits()) for i in range(40)]
     secrets = {secret.removeprefix(KEY_PREFIX) for _, secret in made}
     assert len(secrets) == len({entry.id for entry, _ in made}) == 40
