@@ -3,7 +3,7 @@
 The engine, the model and the decode pool are arguments; whoever calls starts and closes them.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -14,14 +14,16 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 from starlette.middleware.cors import CORSMiddleware
 
-from sightline_server.auth import OPEN_PATHS, KeyCheck, read_keys
+from sightline_server.auth.key_check import KeyCheck
+from sightline_server.auth.keyring import Keyring
+from sightline_server.auth.quotas import Quotas
 from sightline_server.chat.decode_pool import DecodePool
 from sightline_server.chat.model import ServedModel
 from sightline_server.engine.client import EngineClient
 from sightline_server.metrics import Metrics
 from sightline_server.protocol.chat import ChatRequest
 from sightline_server.protocol.completion import ChatChunk
-from sightline_server.routes import chat, failures, health, models
+from sightline_server.routes import access, chat, failures, health, models
 from sightline_server.routes.admission import Admission
 from sightline_server.routes.brake import RefusalBrake
 from sightline_server.routes.context import Context
@@ -42,11 +44,21 @@ _NO_TELEMETRY: "TelemetryConfig" = {
     "logs": False,
     "operation_spans": False,
 }
+ROUTERS = (chat.router, models.router, health.router)
 
 
-def create_app(engine: EngineClient, model: ServedModel, images: DecodePool, settings: Settings) -> FastAPI:
-    """The ASGI application. Set ``app.state.draining`` to make it refuse new requests. Raises SettingsError."""
-    keys = read_keys(settings)
+def create_app(
+    engine: EngineClient,
+    model: ServedModel,
+    images: DecodePool,
+    settings: Settings,
+    keyring: Keyring | None = None,
+) -> FastAPI:
+    """The ASGI application. Set ``app.state.draining`` to make it refuse new requests. Raises SettingsError.
+
+    ``keyring`` is that of the settings, unless it is given because it shall be reloaded.
+    """
+    keyring = keyring or Keyring(settings)
     metrics = Metrics()
     metrics.watch(engine, images)
     prompt_threads = ThreadPoolExecutor(PROMPT_THREADS, thread_name_prefix="prompt")
@@ -60,6 +72,7 @@ def create_app(engine: EngineClient, model: ServedModel, images: DecodePool, set
     app = FastAPI(
         title="Sightline",
         version=version("sightline"),
+        openapi_url=None,
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
@@ -73,17 +86,18 @@ def create_app(engine: EngineClient, model: ServedModel, images: DecodePool, set
         images=images,
         settings=settings,
         metrics=metrics,
-        admission=Admission(engine, settings),
+        admission=Admission(engine, settings, keyring),
+        keyring=keyring,
+        quotas=Quotas(),
         prompt_threads=prompt_threads,
     )
-    for router in (chat.router, models.router, health.router):
-        app.include_router(router)
+    open_paths = access.include(app, ROUTERS)
     failures.register(app)
     # The last one added is the first one met.
     app.add_middleware(
         BodyLimits, max_mb=settings.max_body_mb, all_mb=settings.max_bodies_mb, timeout_s=settings.body_timeout_s
     )
-    app.add_middleware(KeyCheck, keys=keys)
+    app.add_middleware(KeyCheck, keyring=keyring, open_paths=open_paths)
     if settings.cors_origins:
         # Outside the key check: a browser asks for permission without the key. Any header is allowed, since the
         # SDKs invent new x-stainless-* ones and the origins are chosen by the operator.
@@ -97,12 +111,15 @@ def create_app(engine: EngineClient, model: ServedModel, images: DecodePool, set
     app.add_middleware(Doorkeeper, origins=Origins.of(settings))
     app.add_middleware(RefusalBrake, delay_s=settings.refusal_delay_s)
     app.add_middleware(Edge, metrics=metrics)
-    _document(app, needs_key=bool(keys))
+    _document(app, open_paths if keyring.needs_key else None)
     return app
 
 
-def _document(app: FastAPI, *, needs_key: bool) -> None:
-    """Tell the OpenAPI document what FastAPI can't see: the hand-read body, the chunks, the key."""
+def _document(app: FastAPI, open_paths: Collection[str] | None) -> None:
+    """Tell the OpenAPI document what FastAPI can't see: the hand-read body, the chunks, the key.
+
+    ``open_paths`` need none; None is for a server that has no keys.
+    """
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -113,11 +130,11 @@ def _document(app: FastAPI, *, needs_key: bool) -> None:
             )
             components = document.setdefault("components", {})
             components.setdefault("schemas", {}).update(made["$defs"])
-            if needs_key:
+            if open_paths is not None:
                 components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
                 for path, operations in document["paths"].items():
                     for operation in operations.values():
-                        operation["security"] = [] if path in OPEN_PATHS else [{"key": []}]
+                        operation["security"] = [] if path in open_paths else [{"key": []}]
             app.openapi_schema = document
         return app.openapi_schema
 

@@ -62,6 +62,12 @@ class OriginRefused(ApiError):
     default_code = "origin_not_allowed"
 
 
+class Forbidden(ApiError):
+    status = 403
+    type = "invalid_request_error"
+    default_code = "insufficient_scope"
+
+
 class NotFound(ApiError):
     status = 404
     type = "invalid_request_error"
@@ -102,6 +108,14 @@ class HeadersTooLarge(ApiError):
     default_code = "headers_too_large"
 
 
+class RateLimited(ApiError):
+    """One key's own limit, whatever the others do."""
+
+    status = 429
+    type = "rate_limit_error"
+    default_code = "rate_limit_exceeded"
+
+
 class ServerFault(ApiError):
     """Our own bug or an unexpected failure; the sentence says no more than that and the request id is in the log."""
 
@@ -110,7 +124,7 @@ class ServerFault(ApiError):
 
 
 class Unavailable(ApiError):
-    """503: overloaded, draining, or the engine is (re)starting or out of memory."""
+    """503: overloaded, queued for too long, draining, or the engine is (re)starting or out of memory."""
 
     status = 503
     type = "service_unavailable_error"

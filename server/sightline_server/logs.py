@@ -74,7 +74,13 @@ def log_request(record: RequestRecord, seconds: float) -> None:
     }
     # A monitor that asks every second is not worth a line.
     level = logging.DEBUG if record.endpoint == "health" else logging.INFO
-    log.log(level, " ".join(f"{name}={value}" for name, value in shown.items()), extra={"shown": shown})
+    log.log(level, " ".join(f"{name}={_quoted(value)}" for name, value in shown.items()), extra={"shown": shown})
+
+
+def _quoted(value: str | int | float) -> str:
+    """As it is, unless it could be taken for other fields of the line."""
+    plain = str(value)
+    return json.dumps(plain, ensure_ascii=False) if any(mark in plain for mark in ' "=') else plain
 
 
 def frames(error: BaseException) -> str:

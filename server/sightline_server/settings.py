@@ -172,6 +172,18 @@ class Settings:
         (), "Key(s) clients must send. None: no key is needed.", section="HTTP", secret=True
     )
     api_key_file: str = _row("", "File with one key a line; # starts a comment.", section="HTTP", metavar="FILE")
+    keys_file: str = _row(
+        "",
+        "File of keys with scopes and limits, as 'sightline keys' writes it; read again on SIGHUP.",
+        section="HTTP",
+        metavar="FILE",
+    )
+    share_caches: bool = _row(
+        False,
+        "Let requests with different keys share cached prompts and pictures: faster, but one key can tell by the clock "
+        "what another has sent.",
+        section="HTTP",
+    )
     cors_origins: tuple[str, ...] = _row((), "Browser origins that may call the API.", section="HTTP")
     allowed_hosts: tuple[str, ...] = _row(
         (),
@@ -225,6 +237,12 @@ class Settings:
         minimum=0.001,
     )
     max_queue: int = _row(256, "Most requests waiting for the engine; more get 503.", section="Limits", minimum=1)
+    queue_timeout_s: float = _row(
+        120.0,
+        "Seconds a request may wait for its first token while others queue; then it gets 503. 0: for ever.",
+        section="Limits",
+        minimum=0,
+    )
     max_body_mb: float = _row(64.0, "Largest request body, in MiB.", section="Limits", minimum=0.001)
     body_timeout_s: float = _row(60.0, "Seconds a request body may take to arrive.", section="Limits", minimum=0.1)
     refusal_delay_s: float = _row(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -138,6 +139,12 @@ def start_server(tmp_path: Path) -> Iterator[Callable[..., RunningServer]]:
             return stack.enter_context(running_server(folder, *arguments, **environment))
 
         yield start
+
+
+@pytest.fixture(scope="session")
+def run_server() -> Callable[..., Any]:
+    """``running_server``, for fixtures that keep one server for several tests."""
+    return running_server
 
 
 @pytest.fixture(scope="session")

@@ -127,7 +127,7 @@ def held_by(server: Any) -> dict[int, int]:
     return {process.pid: process.num_fds() for process in (root, *root.children(recursive=True))}
 
 
-async def test_200_mixed_requests_at_once_leave_nothing_behind(start_server: StartServer) -> None:
+async def test_O2_O5_200_mixed_requests_at_once_leave_nothing_behind(start_server: StartServer) -> None:
     server = start_server("--random", "tiny", "--deterministic", "--cpu-cache-gb", "0.0012", "--max-queue", "500")
     server.wait_for("/ready", 200)
     limits = httpx.Limits(max_connections=None)

@@ -193,7 +193,7 @@ async def test_an_image_that_has_no_pixels_ends_its_request_alone(make_engine: M
     assert "secret" not in str(end.error_message)
 
 
-async def test_leaving_early_aborts_the_request(make_engine: MakeEngine) -> None:
+async def test_O5_leaving_early_aborts_the_request(make_engine: MakeEngine) -> None:
     engine = await started(make_engine("counting"))
     async with aclosing(engine.submit(request("a", max_tokens=10**6), no_pixels)) as events:
         async for _ in events:
@@ -237,7 +237,7 @@ async def test_abort_ends_a_request_with_that_reason(make_engine: MakeEngine) ->
     assert tokens_of(await collect(engine, request("b", max_tokens=2))) == [0, 1]
 
 
-async def test_a_full_queue_refuses_at_once_even_before_the_engine_has_answered(make_engine: MakeEngine) -> None:
+async def test_O1_a_full_queue_refuses_at_once_even_before_the_engine_has_answered(make_engine: MakeEngine) -> None:
     engine = await started(make_engine("stuck", replace(Settings(), max_queue=3)))
     waiting = [asyncio.create_task(collect(engine, request(f"r{i}"))) for i in range(3)]
     await asyncio.sleep(0)

@@ -84,7 +84,7 @@ def test_what_cannot_run_is_refused_by_an_event(tiny: Vlm, length: int, bounds: 
     assert answer.finish.error_message
 
 
-def test_a_full_queue_refuses_and_the_rest_is_served(tiny: Vlm) -> None:
+def test_O1_a_full_queue_refuses_and_the_rest_is_served(tiny: Vlm) -> None:
     album = Album()
     requests = [make_request(f"r{i}", make_prompt(tiny, album, [4], seed=i)) for i in range(5)]
     answers = run(make_engine(tiny, max_queue=3), requests, album)
@@ -95,7 +95,7 @@ def test_a_full_queue_refuses_and_the_rest_is_served(tiny: Vlm) -> None:
     assert refused.error_code == "server_is_overloaded"
 
 
-def test_an_abort_frees_at_once_wherever_the_request_is(tiny: Vlm) -> None:
+def test_O5_an_abort_frees_at_once_wherever_the_request_is(tiny: Vlm) -> None:
     album = Album()
     engine = make_engine(tiny, max_running=2, max_step_tokens=64)
     answers = {}
@@ -229,7 +229,7 @@ def test_one_picture_after_different_texts_is_encoded_once(tiny: Vlm) -> None:
     assert len(album.asked) == 1
 
 
-def test_tenants_do_not_see_each_others_pictures_or_prefixes(tiny: Vlm) -> None:
+def test_K9_tenants_do_not_see_each_others_pictures_or_prefixes(tiny: Vlm) -> None:
     album = Album()
     engine = make_engine(tiny)
     prompt = make_prompt(tiny, album, [image_of(tiny, 3), 9])

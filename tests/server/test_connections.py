@@ -47,7 +47,7 @@ def read_until(connection: socket.socket, mark: bytes) -> bytes:
 @pytest.mark.parametrize("choices", [1, 3])
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("after", [0, 4])
-def test_leaving_frees_the_engine(stream: bool, after: int, choices: int) -> None:
+def test_O5_leaving_frees_the_engine(stream: bool, after: int, choices: int) -> None:
     engine = FakeEngine("0123456789")
     engine.pause_after = after
     app = fake_app(engine)
@@ -62,7 +62,7 @@ def test_leaving_frees_the_engine(stream: bool, after: int, choices: int) -> Non
     assert 'sightline_requests_total{endpoint="chat",outcome="cancelled"} 1.0' in metrics
 
 
-def test_leaving_before_the_prompt_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_O5_leaving_before_the_prompt_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     entered, go_on = threading.Event(), threading.Event()
     engine = FakeEngine()
 

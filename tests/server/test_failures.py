@@ -119,7 +119,7 @@ async def test_an_engine_that_is_not_there(loaded: bool, code: str) -> None:
     assert models.status_code == 200
 
 
-async def test_a_full_queue_is_told_before_the_body_is_read() -> None:
+async def test_O1_a_full_queue_is_told_before_the_body_is_read() -> None:
     engine = FakeEngine()
     engine.become(stats=EngineStats(waiting=5))
     async with http(fake_app(engine, max_queue=5)) as client:

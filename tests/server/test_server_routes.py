@@ -124,7 +124,7 @@ def log_lines() -> Iterator[io.StringIO]:
     root.setLevel(before[1])
 
 
-async def test_one_line_a_request_without_what_was_said(log_lines: io.StringIO) -> None:
+async def test_K11_one_line_a_request_without_what_was_said(log_lines: io.StringIO) -> None:
     content = [{"type": "text", "text": "my secret prompt"}, fake_image("secret picture")]
     headers = {"Authorization": "Bearer sk-secret", "X-Request-Id": "req-7"}
     async with http(fake_app(FakeEngine("a secret answer"), api_key=("sk-secret",))) as client:
@@ -145,13 +145,24 @@ async def test_one_line_a_request_without_what_was_said(log_lines: io.StringIO) 
     assert "\x1b" not in log_lines.getvalue()
 
 
-def test_text_lines_stay_one_line_each() -> None:
+def test_K10_text_lines_stay_one_line_each() -> None:
     record = logging.LogRecord("x", logging.INFO, "f", 1, "a\r\nb\x1b[2J\x85\u2028\u202e\ud800 é", (), None)
     line = logs.TextLines().format(record)
     assert "\\u000d\\u000ab\\u001b[2J\\u0085\\u2028\\u202e" in line
     assert line.endswith("é")
     assert "\\ud800" in line
     assert line.isprintable()
+
+
+def test_K10_a_field_cannot_be_forged(log_lines: io.StringIO) -> None:
+    logs.configure(Settings(), log_lines)
+    record = logs.RequestRecord("req-1", "GET", '/a status=200 outcome="completed"\r\nb', started=0.0)
+    record.status = 404
+    logs.log_request(record, 0.0015)
+    (line,) = log_lines.getvalue().splitlines()
+    assert line.endswith(
+        r'request_id=req-1 method=GET path="/a status=200 outcome=\"completed\"\r\nb" status=404 outcome=refused ms=1.5'
+    )
 
 
 def test_the_app_starts_without_torch(repository: Path) -> None:

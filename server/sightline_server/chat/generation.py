@@ -6,7 +6,7 @@ Knows engine events and the text made of them. Knows no HTTP and no wire format.
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -44,10 +44,14 @@ class Generation:
         texts: Sequence[ChoiceText],
         pixels: PixelSource,
         timeline: Timeline,
+        on_first_token: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine = engine
         self._pixels = pixels
         self._timeline = timeline
+        self._on_first_token = on_first_token
+        self.begun = False
+        """Whether there has been a token."""
         self._choices = [_Choice(request, text) for request, text in zip(requests, texts, strict=True)]
         self._inbox: deque[tuple[int, _Arrival]] = deque()
         self._news = asyncio.Event()
@@ -71,6 +75,11 @@ class Generation:
         for choice in self._choices:
             if choice.pump is not None:
                 choice.pump.cancel()
+
+    def fail(self, error: ApiError) -> None:
+        """End every choice that still runs with ``error``, as if the engine had said so."""
+        for index in range(len(self._choices)):
+            self._put(index, error)
 
     async def admitted(self, timeout_s: float | None) -> None:
         """Wait for the first sign of life, so that a refusal can still be an HTTP status; ``timeout_s`` is patience.
@@ -121,6 +130,7 @@ class Generation:
                 async for event in events:
                     if isinstance(event, TokenEvent):
                         self._timeline.token(index)
+                        self._note_first_token()
                     self._put(index, event)
         except ApiError as error:
             self._put(index, error)
@@ -130,6 +140,11 @@ class Generation:
         finally:
             self._running -= 1
             self._news.set()
+
+    def _note_first_token(self) -> None:
+        if not self.begun:
+            self.begun = True
+            self._on_first_token()
 
     def _put(self, index: int, arrival: _Arrival) -> None:
         self._inbox.append((index, arrival))

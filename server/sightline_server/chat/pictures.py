@@ -2,7 +2,7 @@
 formats and no pixels."""
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from sightline_models.image_header import ImageError, check_size, read_header
 from sightline_models.images import Pixels
@@ -29,9 +29,14 @@ class RequestPictures:
 
 
 async def read_pictures(
-    places: Sequence[ImagePlace], pool: DecodePool, settings: Settings, *, salt: bytes
+    places: Sequence[ImagePlace],
+    pool: DecodePool,
+    settings: Settings,
+    *,
+    salt: bytes,
+    charge: Callable[[int], None] = lambda pixels: None,
 ) -> RequestPictures:
-    """Check all of them by their headers, then decode all at once.
+    """Check all of them by their headers, tell ``charge`` their pixels together, then decode all at once.
 
     Raises InvalidRequest naming the picture that is wrong, and how; nothing is decoded when a header is.
     """
@@ -42,7 +47,8 @@ async def read_pictures(
             param="messages",
         )
     # In a thread: undoing the base64 of a large picture takes tens of milliseconds.
-    sources = await asyncio.to_thread(_open_all, places, settings)
+    sources, pixels = await asyncio.to_thread(_open_all, places, settings)
+    charge(pixels)
 
     async def read(place: ImagePlace, source: ImageSource) -> ImageHandle:
         try:
@@ -60,8 +66,8 @@ async def read_pictures(
     return RequestPictures([task.result() for task in tasks], pool)
 
 
-def _open_all(places: Sequence[ImagePlace], settings: Settings) -> list[ImageSource]:
-    """The files, each of which has a header that promises a picture within the limits, and all together within theirs.
+def _open_all(places: Sequence[ImagePlace], settings: Settings) -> tuple[list[ImageSource], int]:
+    """The files and their pixels, which their headers promise to be within the limits, each and all together.
 
     A decoder finds the size that the header told, or refuses the file. Raises InvalidRequest.
     """
@@ -82,7 +88,7 @@ def _open_all(places: Sequence[ImagePlace], settings: Settings) -> list[ImageSou
                 param=place.param,
             )
         sources.append(source)
-    return sources
+    return sources, taken
 
 
 def _refusal(error: ImageError, place: ImagePlace) -> InvalidRequest:

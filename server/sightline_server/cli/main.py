@@ -15,6 +15,7 @@ from sightline_server.cli.terminal import complain
 COMMANDS = {
     "serve": "serve a model over HTTP",
     "chat": "ask a running server, with pictures",
+    "keys": "make, list and revoke keys with scopes and limits",
     "bench": "measure an OpenAI-compatible server",
     "doctor": "say what this machine can serve, and what is missing",
 }

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from sightline_models.tokenizer import TokenizerError
 from sightline_server import logs
 from sightline_server import settings as settings_table
 from sightline_server.app import create_app
-from sightline_server.auth import read_keys
+from sightline_server.auth.keyring import Keyring
 from sightline_server.chat.decode_pool import DecodePool
 from sightline_server.chat.model import ServedModel
 from sightline_server.cli.announce import LoadingProgress, ReadyServer
@@ -121,7 +122,7 @@ def _checkpoint_folder(settings: Settings, kept: contextlib.ExitStack) -> Path:
 
 async def _serve(settings: Settings, folder: Path, kept: contextlib.ExitStack) -> int:
     leave_no_core()
-    keys = read_keys(settings)
+    keyring = Keyring(settings)
     model = ServedModel.load(folder, settings)
     listener = listen(settings.host, settings.port)
     allow_many_connections()
@@ -134,7 +135,7 @@ async def _serve(settings: Settings, folder: Path, kept: contextlib.ExitStack) -
         memory_mb=settings.decode_memory_mb,
         max_pixels=int(settings.max_image_megapixels * 1e6),
     )
-    app = create_app(engine, model, images, settings)
+    app = create_app(engine, model, images, settings, keyring)
 
     async def load() -> None:
         with progress:
@@ -154,7 +155,7 @@ async def _serve(settings: Settings, folder: Path, kept: contextlib.ExitStack) -
             info=engine.info,
             host=settings.host,
             port=listener.getsockname()[1],
-            needs_key=bool(keys),
+            needs_key=keyring.needs_key,
         )
         print(ready.block(), flush=True)
 
@@ -165,6 +166,9 @@ async def _serve(settings: Settings, folder: Path, kept: contextlib.ExitStack) -
 
     server = HttpServer(app, settings)
     stop = StopSignals(end_at_once)
+    if settings.keys_file:
+        # Elsewhere SIGHUP ends the process, as it does without a handler.
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, keyring.reload)
     http = asyncio.create_task(server.serve(sockets=[listener]), name="http")
     loading = asyncio.create_task(load(), name="loading")
     try:

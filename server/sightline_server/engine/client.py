@@ -137,7 +137,7 @@ class EngineProcess(EngineClient):
         """``factory`` is the ``module:function`` that makes the engine; None is the true one."""
         self._folder = folder
         # The engine has no use for secrets.
-        self._settings = settings_table.replace(settings, api_key=(), api_key_file="")
+        self._settings = settings_table.replace(settings, api_key=(), api_key_file="", keys_file="")
         self._on_progress = on_progress
         self._factory = factory
         self._policy = policy or RestartPolicy()

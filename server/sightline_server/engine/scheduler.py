@@ -1,14 +1,16 @@
 """Decides, step by step, which tokens of which sequences are computed.
 
-First come, first served within a priority class; decodes first, then prompts in chunks up to the token budget.
+Decodes first, then prompts in chunks up to the token budget, then whose turn it is in the line (``fair_line.py``).
 Knows counts, blocks and keys. Knows no tensor, no text and no clock.
 """
 
 from bisect import insort
 from collections.abc import Container, Iterator
+from itertools import islice
 from typing import Any
 
 from sightline_server.engine.blocks import BlockPool, chain_hashes
+from sightline_server.engine.fair_line import FairLine
 from sightline_server.engine.types import (
     EngineConfig,
     ImageSpan,
@@ -40,7 +42,7 @@ class Scheduler:
         self._max_images = max_images_per_step
         self._arrivals = 0
         self._free_rows = list(range(config.max_running))
-        self.waiting: list[Sequence] = []
+        self.waiting = FairLine()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self.num_prefix_queries = 0
@@ -49,14 +51,14 @@ class Scheduler:
         self.num_encoder_hits = 0
 
     def add(self, request: Request) -> Sequence:
-        """Put a request at the end of its class's line. The caller has checked that it fits the cache."""
+        """Put a request at the end of its tenant's line. The caller has checked that it fits the cache."""
         self._arrivals += 1
         token_ids = list(request.prompt.token_ids)
         limit = min(len(token_ids) + request.sampling.max_tokens, self._config.max_model_len)
         sequence = Sequence(request, token_ids, limit, order=self._arrivals)
         if self._config.prefix_caching:
             chain_hashes(request, sequence.token_ids, self._config.block_size, sequence.block_hashes)
-        insort(self.waiting, sequence, key=_turn)
+        self.waiting.join(sequence)
         return sequence
 
     def finish(self, sequence: Sequence) -> None:
@@ -64,7 +66,9 @@ class Scheduler:
         if sequence.status is SequenceStatus.RUNNING:
             self.running.remove(sequence)
         elif sequence.status is SequenceStatus.WAITING:
-            self.waiting.remove(sequence)
+            self.waiting.leave(sequence)
+        if sequence.status is not SequenceStatus.FINISHED:
+            self.waiting.end(sequence)
         self._release(sequence)
         sequence.status = SequenceStatus.FINISHED
 
@@ -106,6 +110,7 @@ class Scheduler:
             sequence, end = piece.sequence, piece.start + piece.length
             sequence.num_cached_tokens = end
             sequence.num_pending += piece.samples
+            self.waiting.charge(sequence, piece.length)
             self._publish(sequence)
             if sequence.pinned:
                 # An image that stands twice may be done in one place and cut off in the other.
@@ -147,12 +152,12 @@ class Scheduler:
         self._release(sequence)
         sequence.status = SequenceStatus.WAITING
         sequence.num_cached_tokens = 0
-        insort(self.waiting, sequence, key=_turn)
+        self.waiting.rejoin(sequence)
         self.num_preemptions += 1
 
     def _admit(self, planner: "_StepPlanner") -> None:
         computing = {key for sequence in self.running for key in self._keys_under_way(sequence)}
-        for sequence in list(self.waiting):
+        for sequence in self.waiting:
             if planner.budget <= 0 or len(self.running) >= self._config.max_running:
                 return
             hits = self._find_prefix(sequence)
@@ -174,7 +179,7 @@ class Scheduler:
             sequence.num_published = len(hits)
             sequence.row = self._free_rows.pop()
             sequence.status = SequenceStatus.RUNNING
-            self.waiting.remove(sequence)
+            self.waiting.leave(sequence)
             insort(self.running, sequence, key=_turn)
             self._count_hits(sequence, start)
             planner.take(sequence)
@@ -192,7 +197,7 @@ class Scheduler:
                 self.num_encoder_hits += sequence.image_key(span) in self._vision
 
     def _look_ahead(self, planner: "_StepPlanner") -> None:
-        for sequence in self.waiting[:LOOKAHEAD]:
+        for sequence in islice(self.waiting, LOOKAHEAD):
             if sequence.request.prompt.images:
                 planner.want_missing(sequence, len(self._find_prefix(sequence)) * self._config.block_size)
 

@@ -62,7 +62,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     prompt: Prompt
     sampling: SamplingParams
     priority: int = 0
-    """0 interactive, 1 batch: a lower class is served first, first come first served within a class."""
+    """0 interactive, 1 batch: a lower class is served first."""
+    tenant: str = ""
+    """Whose request it is: within a class tenants take turns, and one tenant's requests are served as they came."""
     cache_salt: bytes = b""
     """Tenants with different salts never share cached blocks or encoder outputs."""
     arrived: float = 0.0
@@ -83,6 +85,10 @@ class Usage(msgspec.Struct, frozen=True):
     cached_tokens: int = 0
     """Prompt tokens whose keys and values were found in the cache when the request was first scheduled."""
     image_tokens: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
 
 
 class TopLogprob(msgspec.Struct, frozen=True, array_like=True):

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from functools import partial
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from sightline_server import sse
+from sightline_server.auth.principal import Scope
 from sightline_server.chat import reply
 from sightline_server.chat.deltas import ChoiceText
 from sightline_server.chat.generation import Generation
@@ -27,15 +28,19 @@ from sightline_server.chat.prompt import build_prompt, image_places
 from sightline_server.chat.reply import ReplyHeader
 from sightline_server.chat.sampling import for_choice, resolve_sampling
 from sightline_server.engine import types as engine_types
-from sightline_server.errors import ApiError, InvalidRequest
+from sightline_server.errors import ApiError, InvalidKey, InvalidRequest
 from sightline_server.logs import RequestRecord, frames
 from sightline_server.metrics import Timeline
 from sightline_server.protocol.chat import ChatRequest, parse_chat_request
 from sightline_server.protocol.completion import ChatChunk, ChatCompletion
 from sightline_server.protocol.errors import ErrorBody
 from sightline_server.protocol.strict_json import parse_object
-from sightline_server.routes.context import Context, context_of, record_of, refuse_when_draining
+from sightline_server.routes.access import Needs
+from sightline_server.routes.admission import Ticket
+from sightline_server.routes.charges import Charges
+from sightline_server.routes.context import Context, context_of, principal_of, record_of, refuse_when_draining
 from sightline_server.routes.failures import server_fault
+from sightline_server.routes.queue_deadline import QueueDeadline
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -46,7 +51,7 @@ PARSED_AT_ONCE = 2**15
 router = APIRouter(
     prefix="/v1",
     tags=["chat"],
-    dependencies=[Depends(refuse_when_draining)],
+    dependencies=[Depends(Needs(Scope.CHAT)), Depends(refuse_when_draining)],
     responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
 )
 
@@ -72,16 +77,23 @@ router = APIRouter(
 async def create_chat_completion(request: Request) -> Response:
     context, record = context_of(request), record_of(request)
     record.endpoint = "chat"
-    context.admission.check()
-    # No place in the queue is held for a body that is still on its way.
+    until_answered: ExitStack = request.state.until_answered
+    charges = Charges(request)
+    ticket = until_answered.enter_context(context.admission.enter(principal_of(request)))
+    charges.request()
     chat = await _read_chat(request)
-    with context.admission.preparing():
-        context.model.check_name(chat.model)
-        _check_choices(chat, context)
-        header = _header(chat, context)
-        record.fields["completion"] = header.id
-        generation = await _until_gone(request.receive, _prepare(request, chat, header.id))
+    context.model.check_name(chat.model)
+    _check_choices(chat, context)
+    # Only now: a body that is slow to arrive holds no place.
+    ticket.take(chat.num_choices)
+    header = _header(chat, context)
+    record.fields["completion"] = header.id
+    generation = await _until_gone(request.receive, _prepare(request, chat, header.id, charges, ticket))
     generation.start()
+    ticket.submitted()
+    until_answered.callback(QueueDeadline(generation, context.engine, context.settings.queue_timeout_s).cancel)
+    revoked = InvalidKey("This key was revoked. Send one that is in force.")
+    until_answered.enter_context(context.keyring.watch(principal_of(request), partial(generation.fail, revoked)))
     answer = _stream if chat.stream else _whole
     try:
         return await answer(request, chat, header, generation)
@@ -127,11 +139,12 @@ def _header(chat: ChatRequest, context: Context) -> ReplyHeader:
     )
 
 
-async def _prepare(request: Request, chat: ChatRequest, reply_id: str) -> Generation:
+async def _prepare(request: Request, chat: ChatRequest, reply_id: str, charges: Charges, ticket: Ticket) -> Generation:
     """Pictures, prompt and parameters, made into a Generation that isn't started yet."""
-    context, record = context_of(request), record_of(request)
-    salt: bytes = request.state.cache_salt
-    pictures = await read_pictures(image_places(chat.messages), context.images, context.settings, salt=salt)
+    context, record, principal = context_of(request), record_of(request), principal_of(request)
+    salt, places = principal.cache_salt, image_places(chat.messages)
+    charges.images(len(places))
+    pictures = await read_pictures(places, context.images, context.settings, salt=salt, charge=charges.pixels)
     building = partial(build_prompt, chat.messages, pictures.handles, context.model, context.context_length)
     prompt = await asyncio.get_running_loop().run_in_executor(context.prompt_threads, building)
     record.fields |= {"prompt_tokens": len(prompt.token_ids), "images": len(pictures.handles)}
@@ -143,6 +156,7 @@ async def _prepare(request: Request, chat: ChatRequest, reply_id: str) -> Genera
             id=f"{reply_id}-{choice}",
             prompt=prompt,
             sampling=for_choice(sampling, choice),
+            tenant=principal.key_id,
             cache_salt=salt,
             arrived=time.time(),
         )
@@ -158,7 +172,10 @@ async def _prepare(request: Request, chat: ChatRequest, reply_id: str) -> Genera
         for _ in requests
     ]
     timeline = Timeline(context.metrics, record.started)
-    return Generation(context.engine, requests, texts, pictures.pixels, timeline)
+    generation = Generation(context.engine, requests, texts, pictures.pixels, timeline, on_first_token=ticket.leave)
+    longest = sampling.max_tokens * chat.num_choices
+    charges.tokens(len(prompt.token_ids), longest, lambda: generation.usage().total)
+    return generation
 
 
 async def _whole(request: Request, chat: ChatRequest, header: ReplyHeader, generation: Generation) -> Response:

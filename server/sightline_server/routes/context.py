@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from fastapi import Request
 
+from sightline_server.auth.keyring import Keyring
+from sightline_server.auth.principal import Principal
+from sightline_server.auth.quotas import Quotas
 from sightline_server.chat.decode_pool import DecodePool
 from sightline_server.chat.model import ServedModel
 from sightline_server.engine.client import EngineClient
@@ -26,6 +29,8 @@ class Context:
     settings: Settings
     metrics: Metrics
     admission: Admission
+    keyring: Keyring
+    quotas: Quotas
     prompt_threads: ThreadPoolExecutor
     """Where long prompts are rendered and tokenized."""
 
@@ -53,6 +58,12 @@ def record_of(request: Request) -> RequestRecord:
     record = request.state.record
     assert isinstance(record, RequestRecord), f"state.record is {record!r}"
     return record
+
+
+def principal_of(request: Request) -> Principal:
+    principal = request.state.principal
+    assert isinstance(principal, Principal), f"state.principal is {principal!r}"
+    return principal
 
 
 async def refuse_when_draining(request: Request) -> None:

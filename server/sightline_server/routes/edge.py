@@ -107,7 +107,7 @@ class BodyLimits:
             await self._app(scope, receive, send)
             return
         body = _Body(receive, self._limit, self._budget, self._timeout_s)
-        announced = _content_length(scope)
+        announced = announced_bytes(scope) or 0
         try:
             if announced > self._limit:
                 raise _BodyRefused(_too_large(announced, self._limit))
@@ -194,11 +194,12 @@ class _Body:
         self._complete = message["type"] == "http.disconnect" or not message.get("more_body", False)
 
 
-def _content_length(scope: Scope) -> int:
+def announced_bytes(scope: Scope) -> int | None:
+    """The Content-Length; None for a body that doesn't say."""
     for name, value in scope["headers"]:
         if name == b"content-length" and value.isdigit():
             return int(value[:20])
-    return 0
+    return None
 
 
 def _too_large(size: int, limit: int) -> BodyTooLarge:

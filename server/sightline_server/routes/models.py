@@ -6,12 +6,13 @@ from fastapi import APIRouter, Depends, Request
 from sightline_server.engine import types as engine
 from sightline_server.protocol.errors import ErrorBody
 from sightline_server.protocol.models import Architecture, DefaultSampling, ModelCard, ModelList, Verification
+from sightline_server.routes.access import ANY_KEY
 from sightline_server.routes.context import Context, context_of, record_of, refuse_when_draining
 
 router = APIRouter(
     prefix="/v1",
     tags=["models"],
-    dependencies=[Depends(refuse_when_draining)],
+    dependencies=[Depends(ANY_KEY), Depends(refuse_when_draining)],
     responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
 )
 
