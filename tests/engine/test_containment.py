@@ -340,18 +340,39 @@ def test_E1_pictures_that_do_not_fit_together_are_encoded_one_by_one(
     assert passes == [3, 1, 1, 1]
 
 
-def test_E3_pixels_of_a_wrong_size_end_their_request_alone(tiny: Vlm) -> None:
-    album, other = Album(), Album()
-    side = tiny.config.vision.image_size
-    fine = [make_request(f"fine{i}", make_prompt(tiny, album, [3, picture(side, i), 2])) for i in range(3)]
-    expected = run(make_engine(tiny), fine, album)
-    odd = make_request("odd", make_prompt(tiny, other, [3, picture(side, 9), 2]))
-    digest = odd.prompt.images[0].digest
-    album.pixels[digest] = picture(2 * side, 9)
-    answers = run(make_engine(tiny), [*fine[:2], odd, fine[2]], album)
-    assert answers["odd"].reason is FinishReason.ERROR
-    for request in fine:
-        assert answers[request.id].token_ids == expected[request.id].token_ids
+def test_E3_requests_that_fail_only_together_are_all_served(tiny: Vlm) -> None:
+    """No one of them is to blame: each trial brings all of them forward."""
+    album = Album()
+    requests = [make_request(name, make_prompt(tiny, album, [5], seed=len(name)), max_tokens=9) for name in ("a", "bb")]
+    expected = run(make_engine(tiny), requests, album)
+    engine = make_engine(tiny)
+    batch = engine._runner._batch
+
+    def only_apart(slices: Any) -> Any:
+        if len(slices) > 1:
+            raise RuntimeError("planted")
+        return batch(slices)
+
+    engine._runner._batch = only_apart  # type: ignore[method-assign]
+    answers = run(engine, requests, album, max_steps=200)
+    assert {name: told(answer) for name, answer in answers.items()} == {
+        name: told(answer) for name, answer in expected.items()
+    }
+
+
+def test_E3_a_step_whose_requests_all_have_gone_fails_for_nobody(tiny: Vlm) -> None:
+    work = Work(tiny)
+    engine = make_engine(tiny, **BOUNDS, overlap=True)
+    plant(engine, Fault("wait", failing, 1))
+    answers = {"text": Answer()}
+    engine.add(work.first[0])
+    for _ in range(2):
+        run_step(engine, work.album, answers)
+    engine.abort("text")
+    while engine.has_work:
+        run_step(engine, work.album, answers)
+    assert answers["text"].reason is FinishReason.ABORTED
+    assert_nothing_held(engine)
 
 
 @pytest.mark.parametrize("mode", ["plain", "late"])

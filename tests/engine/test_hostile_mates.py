@@ -29,7 +29,7 @@ def mate_of(model: Vlm, album: Album, rng: random.Random, number: int) -> Reques
     kind = KINDS[number % len(KINDS)]
     vocab = model.config.decoder.vocab_size
     parts: list[Any] = [rng.randint(1, 12)]
-    asked: dict[str, Any] = {"max_tokens": rng.randint(1, 6), "temperature": rng.choice((0.0, 1.0)), "seed": number}
+    asked: dict[str, Any] = {"max_tokens": rng.randint(4, 16), "temperature": rng.choice((0.0, 1.0)), "seed": number}
     match kind:
         case "long":
             parts = [rng.randint(60, 90)]
@@ -104,7 +104,7 @@ def canary_among_hostile_mates(model: Vlm, rounds: int, monkeypatch: pytest.Monk
         engine = make_engine(
             model,
             deterministic=True,
-            num_blocks=rng.randint(28, 44),
+            num_blocks=rng.randint(28, 34),
             max_model_len=110,
             max_step_tokens=rng.choice((33, 64, 512)),
             max_running=rng.choice((16, 64)),

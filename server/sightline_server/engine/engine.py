@@ -120,7 +120,7 @@ class Engine:
         try:
             self._compute()
         except Exception as error:
-            if is_beyond_containing(error) or not self._live:
+            if is_beyond_containing(error) or not (self._live or self._in_flight):
                 raise
             failure = Failure.of(error)
             log.warning("a step failed; what was under way is computed again", exc_info=error)
