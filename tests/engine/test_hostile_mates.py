@@ -130,7 +130,10 @@ def canary_among_hostile_mates(model: Vlm, rounds: int, monkeypatch: pytest.Monk
         assert engine.stats().blocks_used == 0
         assert max(fullest) >= 0.95, f"round {seed}: the cache was never more than {max(fullest):.0%} full"
         preempted += engine.stats().preemptions_total > 0
-        ends.update((name.partition("-")[0], answer.reason) for name, answer in answers.items())
+        for name, answer in answers.items():
+            # Whoever draws the bad token has no numbers after it, either.
+            drew_it = answer.token_ids[-1:] == [BAD_TOKEN]
+            ends["nan" if drew_it else name.partition("-")[0], answer.reason] += 1
     assert preempted > 0.8 * rounds, f"only {preempted} of {rounds} rounds preempted anything"
     for kind in ("memory", "bug", "nan"):
         assert ends[kind, FinishReason.ERROR] > 2 * rounds, ends
