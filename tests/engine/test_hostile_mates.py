@@ -137,7 +137,9 @@ def canary_among_hostile_mates(model: Vlm, rounds: int, monkeypatch: pytest.Monk
     assert preempted > 0.8 * rounds, f"only {preempted} of {rounds} rounds preempted anything"
     for kind in ("memory", "bug", "nan"):
         assert ends[kind, FinishReason.ERROR] > 2 * rounds, ends
-    assert not [kind for kind, reason in ends if reason is FinishReason.ERROR and kind not in ("memory", "bug", "nan")]
+    # To one that stops at every token and may not stop yet, no token is left.
+    guilty = {"memory", "bug", "nan", "stops"}
+    assert {kind for kind, reason in ends if reason is FinishReason.ERROR} == guilty, ends
 
 
 def test_E1_E2_E3_J10_J11_J13_a_canary_among_63_hostile_mates(tiny: Vlm, monkeypatch: pytest.MonkeyPatch) -> None:
