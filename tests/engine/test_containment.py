@@ -288,7 +288,8 @@ def test_E2_a_spoiled_input_spoils_neither_caches_nor_mates(
             assert answer.finish is not None
             assert answer.token_ids == []
             assert answer.finish.error_code == "server_error"
-    # Not a block of theirs can be found.
+    # Not a block of theirs can be found, although nobody has taken any since.
+    assert run(engine, bad[:1], work.album)["bad0"].reason is FinishReason.ERROR
     sequence = engine._scheduler.add(bad[0])
     assert engine._scheduler._find_prefix(sequence) == []
     assert all(sequence.image_key(span) not in engine._runner._vision for span in prompt.images)
