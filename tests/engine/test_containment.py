@@ -395,3 +395,27 @@ def test_E3_a_request_that_is_aborted_frees_its_place_within_one_step(tiny: Vlm,
         if [sequence.id for sequence in engine._scheduler.running] != ["next"]:
             run_step(engine, work.album, answers)
         assert [sequence.id for sequence in engine._scheduler.running] == ["next"], turn
+
+
+def test_E2_a_replayed_row_whose_logits_are_none_ends_there(recordable: Vlm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among rows that all take their token from the recording itself."""
+    album = Album()
+    requests = [make_request(f"r{i}", make_prompt(recordable, album, [5], seed=i), max_tokens=9) for i in range(3)]
+    expected = run(make_engine(recordable, graphs=True), requests, album)
+    whole = expected["r0"].token_ids
+    others = {token for name in ("r1", "r2") for token in expected[name].token_ids}
+    others |= {token for request in requests for token in request.prompt.token_ids}
+    place = next(i for i, token in enumerate(whole[:-1]) if token not in others and token not in whole[:i])
+    embed = Vlm.embed
+
+    def spoil(self: Vlm, token_ids_T: torch.Tensor) -> torch.Tensor:
+        return embed(self, token_ids_T).masked_fill((token_ids_T == whole[place])[:, None], torch.nan)
+
+    monkeypatch.setattr(Vlm, "embed", spoil)
+    engine = make_engine(recordable, graphs=True)
+    answers = run(engine, requests, album)
+    assert engine.stats().graph_steps_total > 0
+    assert answers["r0"].reason is FinishReason.ERROR
+    assert answers["r0"].token_ids == whole[: place + 1]
+    for name in ("r1", "r2"):
+        assert told(answers[name]) == told(expected[name])
