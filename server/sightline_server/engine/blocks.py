@@ -109,6 +109,15 @@ class BlockPool:
             self._hash_of[block] = key
             self._block_of[key] = block
 
+    def forget(self, hashes: Iterable[bytes]) -> None:
+        """Make what is known by ``hashes`` unfindable: its content is not what they say. Its users keep it."""
+        for key in hashes:
+            block = self._block_of.get(key)
+            if block is not None:
+                self._forget(block)
+                if block in self._idle:
+                    self._idle.move_to_end(block, last=False)
+
     def check(self, held: Iterable[Sequence[int]]) -> None:
         """Assert that the books equal ``held``, the blocks of every live sequence."""
         users = [0] * self.num_blocks

@@ -2,16 +2,20 @@
 
 With overlap a step is planned and launched before the tokens of the one before it are known, so that the device never
 waits for the host. What is learned late costs no more than a token computed in vain for a request that has ended.
+
+A step that fails ends no more than the request it fails for: what was under way is dropped, all is computed again from
+the tokens that are known, and the suspects run apart until the culprit is left (``containment.py``).
 Synchronous and single-threaded. Knows no process, socket, clock or text; tests drive it directly.
 """
 
-import contextlib
 import logging
-
-import torch
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
 from sightline_models.images import Pixels
+from sightline_server.engine import admission
 from sightline_server.engine.blocks import BlockPool
+from sightline_server.engine.containment import NOT_FINITE, Failure, Probation, is_beyond_containing
 from sightline_server.engine.runner import Launched, Runner
 from sightline_server.engine.sampler import Sampled
 from sightline_server.engine.scheduler import Scheduler
@@ -33,6 +37,16 @@ from sightline_server.engine.types import (
 log = logging.getLogger(__name__)
 
 
+@dataclass
+class _Flight:
+    """A step from its planning until its results are accounted for."""
+
+    plan: StepPlan
+    sampling: list[tuple[Sequence, int]]
+    """The sequences that get a token, and how often each had been restarted."""
+    launched: Launched | None = None
+
+
 class Engine:
     """Continuous batching over a paged cache.
 
@@ -49,7 +63,10 @@ class Engine:
         self._outbox: list[Event] = []
         self._pixels: dict[bytes, Pixels] = {}
         self._asked: dict[bytes, str] = {}
-        self._in_flight: tuple[StepPlan, Launched] | None = None
+        self._in_flight: list[_Flight] = []
+        self._is_planning = False
+        self._probation: Probation | None = None
+        self._doubted: set[str] = set()
         self._idle = True
         self._prompt_tokens = self._image_tokens = self._generated_tokens = 0
         self._images_encoded = self._steps = 0
@@ -96,20 +113,20 @@ class Engine:
     def step(self) -> list[Event]:
         """Plan and launch one step, account for it, or with overlap for the one before.
 
-        Returns what happened since the last call, in order.
+        Returns what happened since the last call, in order. Raises what ends no request but the engine: broken books,
+        a lost device, a fault that no request is to blame for.
         """
-        if self._in_flight and any(sequence.draws_by_history for sequence in self._scheduler.running):
-            # Such a request's next draw needs tokens that may still be under way.
-            self._settle()
-        plan = self._scheduler.plan(self._pixels)
-        self._ask_for(plan)
-        launched = self._launch(plan) if plan.slices else None
-        self._idle = not plan.slices and not plan.preempted and self._in_flight is None
-        self._settle()
-        if launched is not None:
-            self._in_flight = plan, launched
-        if not self._config.overlap:
-            self._settle()
+        failure = None
+        try:
+            self._compute()
+        except Exception as error:
+            if is_beyond_containing(error) or not (self._live or self._in_flight):
+                raise
+            failure = Failure.of(error)
+            log.warning("a step failed; what was under way is computed again", exc_info=error)
+        # Only now that the error is gone: it holds what the step had allocated.
+        if failure is not None:
+            self._contain(failure)
         events, self._outbox = self._outbox, []
         return events
 
@@ -137,6 +154,7 @@ class Engine:
         """Assert that every block, slot, pin and pixel array belongs to a live request."""
         self._scheduler.check()
         lines = {sequence.id for sequence in (*self._scheduler.waiting, *self._scheduler.running)}
+        assert self._doubted <= set(self._live), "a doubt outlived its request"
         assert lines == set(self._live), f"in the lines: {lines}; alive: {set(self._live)}"
         needed = {s.image_key(span) for s in self._live.values() for span in s.request.prompt.images}
         assert set(self._pixels) <= needed, f"{len(set(self._pixels) - needed)} pixel arrays belong to no live request"
@@ -148,16 +166,13 @@ class Engine:
         assert held == (0, 0, 0, 0), f"no request lives, yet blocks, pixels, questions and slots in use are {held}"
 
     def _refusal(self, request: Request) -> tuple[str, str] | None:
-        length, limit = len(request.prompt.token_ids), self._config.max_model_len
         if request.id in self._live:
             return "server_error", f"Request id {request.id} is in use."
-        if length == 0:
-            return "invalid_value", "The prompt is empty."
-        if length >= limit:
-            return "context_length_exceeded", (
-                f"This model's maximum context length is {limit} tokens. However, the prompt has {length} tokens and "
-                "needs room for an answer. Shorten the messages or send fewer images."
-            )
+        refusal = admission.refusal(
+            request, max_model_len=self._config.max_model_len, vocab_size=self._runner.vocab_size
+        )
+        if refusal is not None:
+            return refusal
         if len(self._scheduler.waiting) >= self._config.max_queue:
             return "server_is_overloaded", (
                 f"{self._config.max_queue} requests are waiting already, as many as this server queues. Retry later."
@@ -172,39 +187,129 @@ class Engine:
                 self._asked[key] = sequence.id
                 self._outbox.append(PixelsWanted(sequence.id, span.digest))
 
-    def _launch(self, plan: StepPlan) -> Launched | None:
-        """Start computing; None, and one request less, if the device has no memory for it."""
+    def _compute(self) -> None:
+        if self._in_flight and any(sequence.draws_by_history for sequence in self._scheduler.running):
+            # Such a request's next draw needs tokens that may still be under way.
+            self._settle()
+        self._is_planning = True
+        plan = self._scheduler.plan(self._pixels, self._probation.ids if self._probation else None)
+        self._is_planning = False
+        self._ask_for(plan)
+        if plan.slices:
+            self._launch(plan)
+        self._idle = not plan.slices and not plan.preempted and not self._in_flight
+        # Of a step that fails on trial nothing else is under way, so that it is known which one failed.
+        late = 1 if plan.slices and self._config.overlap and self._probation is None else 0
+        while len(self._in_flight) > late:
+            self._settle()
+        if self._probation is not None and self._probation.is_through:
+            self._try_next(self._probation)
+
+    def _launch(self, plan: StepPlan) -> None:
         self._steps += 1
-        launched: Launched | None = None
-        with contextlib.suppress(torch.OutOfMemoryError):
-            launched = self._runner.launch(plan, self._pixels)
-        # Only once the error is gone: it holds what the step had allocated.
-        if launched is None:
-            self._give_up_on_largest(plan)
-            return None
+        sampling = [(piece.sequence, piece.sequence.num_restarts) for piece in plan.slices if piece.samples]
+        flight = _Flight(plan, sampling)
+        self._in_flight.append(flight)
+        flight.launched = self._runner.launch(plan, self._pixels)
         self._scheduler.commit(plan)
+
+    def _settle(self) -> None:
+        """Wait for the step that was launched first and account for it."""
+        flight = self._in_flight[0]
+        assert flight.launched is not None, "a step that was not launched is waited for"
+        results = flight.launched.wait()
+        self._note_images(flight.plan, results.spoiled)
+        for (sequence, num_restarts), token in zip(flight.sampling, results.tokens, strict=True):
+            # It may have ended since, aborted or by the token of a step before, or have been put back.
+            if sequence.status is SequenceStatus.FINISHED or sequence.num_restarts != num_restarts:
+                continue
+            if token.is_sound:
+                self._append(sequence, token)
+            else:
+                self._doubt(sequence)
+        del self._in_flight[0]
+
+    def _note_images(self, plan: StepPlan, spoiled: Seq[bytes]) -> None:
+        if not plan.encode:
+            return
         self._images_encoded += len(plan.encode)
         for key in plan.encode:
             # The encoder cache has it now. Should it be evicted before a request needs it again, we ask again.
-            del self._pixels[key]
-        return launched
+            if key not in spoiled:
+                self._pixels.pop(key, None)
+        if spoiled:
+            self._runner.forget_images(spoiled)
+            for sequence in list(self._scheduler.running):
+                if any(sequence.image_key(span) in spoiled for span in sequence.request.prompt.images):
+                    self._doubt(sequence)
 
-    def _settle(self) -> None:
-        """Wait for the step in flight, if there is one, and account for its tokens."""
-        if self._in_flight is None:
+    def _doubt(self, sequence: Sequence) -> None:
+        """Numbers that aren't finite: once they may come out of a cache, twice they are the request's own."""
+        self._scheduler.distrust(sequence)
+        if sequence.id in self._doubted:
+            self._end_for_failing(sequence, NOT_FINITE)
             return
-        (plan, launched), self._in_flight = self._in_flight, None
-        sampling = [piece.sequence for piece in plan.slices if piece.samples]
-        for sequence, token in zip(sampling, launched.wait(), strict=True):
-            # It may have ended since: aborted, or by the token of a step before.
-            if sequence.status is not SequenceStatus.FINISHED:
-                self._append(sequence, token)
+        self._doubted.add(sequence.id)
+        self._scheduler.put_back(sequence)
+        self._idle = False
+        log.warning("numbers of request %s aren't finite; it is computed again", sequence.id)
+
+    def _contain(self, failure: Failure) -> None:
+        """After a step that failed: bring its suspects to trial, or on trial make out whose fault it is."""
+        suspects = self._put_all_back()
+        self._runner.free_memory()
+        if self._probation is None:
+            self._probation = Probation(suspects)
+            return
+        culprit = self._probation.narrow()
+        if culprit is not None:
+            # Where even a plan of nothing fails, this raises.
+            self._scheduler.plan(self._pixels, frozenset())
+            self._end_for_failing(culprit, failure)
+        if not self._probation.ids:
+            self._probation = None
+
+    def _put_all_back(self) -> list[Sequence]:
+        """Drop what is under way: all is computed again from the tokens that are known. Return who took part."""
+        suspects = {piece.sequence.id: piece.sequence for flight in self._in_flight for piece in flight.plan.slices}
+        if self._is_planning:
+            # Some of those that wait were to be in it.
+            possible = (*self._scheduler.running, *self._scheduler.waiting[: self._config.max_running])
+            suspects |= {sequence.id: sequence for sequence in possible}
+            self._is_planning = False
+        for flight in self._in_flight:
+            self._runner.forget_images(flight.plan.encode)
+            for piece in flight.plan.slices:
+                self._scheduler.distrust(piece.sequence, piece.start)
+        self._in_flight.clear()
+        for sequence in self._live.values():
+            self._scheduler.put_back(sequence)
+        self._idle = False
+        self.check_integrity()
+        return [sequence for sequence in suspects.values() if sequence.status is not SequenceStatus.FINISHED]
+
+    def _try_next(self, probation: Probation) -> None:
+        """The group on trial is through: the next one's turn, or all go on together."""
+        probation.next_group()
+        if probation.ids:
+            for sequence in list(self._scheduler.running):
+                self._scheduler.put_back(sequence)
+        else:
+            self._probation = None
+        self._idle = False
+
+    def _end_for_failing(self, sequence: Sequence, failure: Failure) -> None:
+        """Raises where a step for nobody fails as well: then no request is to blame."""
+        self._runner.probe()
+        log.error("request %s ends, for which alone a step failed: %s", sequence.id, failure.reason)
+        self._finish(sequence, FinishReason.ERROR, failure.code, failure.message)
 
     def _append(self, sequence: Sequence, token: Sampled) -> None:
         if sequence.num_generated == 0:
             self._prompt_tokens += sequence.num_prompt_tokens
             self._image_tokens += sequence.request.prompt.num_image_tokens
         self._scheduler.record(sequence, token.token_id)
+        self._doubted.discard(sequence.id)
         self._generated_tokens += 1
         if token.token_id in sequence.request.sampling.stop_token_ids:
             self._finish(sequence, FinishReason.STOP)
@@ -213,19 +318,12 @@ class Engine:
         if len(sequence.token_ids) >= sequence.limit:
             self._finish(sequence, FinishReason.LENGTH)
 
-    def _give_up_on_largest(self, plan: StepPlan) -> None:
-        """After an out-of-memory error: the largest slice of the step asked for too much; the others try again."""
-        largest = max(plan.slices, key=lambda piece: (piece.length, piece.sequence.order)).sequence
-        log.error("out of memory in a step of %d tokens; request %s ends", plan.num_tokens, largest.id)
-        torch.cuda.empty_cache()
-        message = "The device ran out of memory on this request. Send fewer or shorter inputs."
-        self._finish(largest, FinishReason.ERROR, "engine_oom", message)
-
     def _finish(
         self, sequence: Sequence, reason: FinishReason, code: str | None = None, message: str | None = None
     ) -> None:
         self._scheduler.finish(sequence)
         del self._live[sequence.id]
+        self._doubted.discard(sequence.id)
         self._idle = False
         for span in sequence.request.prompt.images:
             key = sequence.image_key(span)

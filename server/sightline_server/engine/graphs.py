@@ -81,16 +81,17 @@ class DecodeGraphs:
             piece.length == 1 and piece.samples and not _is_in_picture(piece) for piece in slices
         )
 
-    def run(self, slices: Seq[Slice]) -> tuple[Tensor, Tensor]:
-        """The drawn tokens and the logits of ``slices``, whose sequences all are ``is_plain`` or drawn again.
+    def run(self, slices: Seq[Slice]) -> tuple[Tensor, Tensor, Tensor]:
+        """The drawn tokens, their rows' largest logits and all logits of ``slices``, whose sequences all are
+        ``is_plain`` or drawn again.
 
-        Both lie in the recordings' memory, and are overwritten by the next run.
+        All lie in the recordings' memory, and are overwritten by the next run.
         """
         size = next(size for size in self._sizes if size >= len(slices))
-        tensors, (drawn_B, logits_BV), replay = self._recordings[size]
+        tensors, (drawn_B, largest_B, logits_BV), replay = self._recordings[size]
         tensors.fill(slices)
         replay()
-        return drawn_B[: len(slices)], logits_BV[: len(slices)]
+        return drawn_B[: len(slices)], largest_B[: len(slices)], logits_BV[: len(slices)]
 
     def _step(self, tensors: "_StepTensors") -> tuple[Tensor, ...]:
         token_ids_B = tensors.token_ids_B
@@ -99,7 +100,7 @@ class DecodeGraphs:
         logits_BV = self._model.logits(hidden_BD)
         drawn_B = self._model.decoder.kernels.sample(logits_BV, *tensors.draws)
         self._tokens_R.index_copy_(0, tensors.rows_B, drawn_B)
-        return drawn_B, logits_BV
+        return drawn_B, logits_BV.amax(dim=-1), logits_BV
 
 
 def _is_in_picture(piece: Slice) -> bool:

@@ -4,10 +4,13 @@ Holds the model, the cache tensors, the encoder cache and the tokens drawn last.
 Knows no waiting line and no request's end. Suffixes: R rows of the token pool, others as in ``vlm.py``.
 """
 
+import contextlib
 import functools
+import math
 import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,22 +27,46 @@ from sightline_server.engine.graphs import DecodeGraphs, EncoderGraphs, Recorder
 from sightline_server.engine.sampler import Drawn, Sampled, choose_tokens, is_plain
 from sightline_server.engine.threads import ThreadChooser
 from sightline_server.engine.transfer import Arriving, to_device
-from sightline_server.engine.types import EngineConfig, Sequence, Slice, StepPlan
+from sightline_server.engine.types import (
+    EngineConfig,
+    Prompt,
+    Request,
+    SamplingParams,
+    Sequence,
+    Slice,
+    StepPlan,
+)
 from sightline_server.engine.vision_cache import VisionCache
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a step gave."""
+
+    tokens: Seq[Sampled]
+    """One for each slice that samples, in the plan's order."""
+    spoiled: Seq[bytes] = ()
+    """Keys of the images whose encoder outputs hold a NaN or an infinity."""
 
 
 class Launched:
     """A step under way, or done."""
 
-    def __init__(self, drawn: Seq[Drawn]) -> None:
-        """``drawn``: the draws of the step, in the plan's order."""
+    def __init__(self, drawn: Seq[Drawn], encoded: Mapping[bytes, Tensor]) -> None:
+        """``drawn``: the draws of the step, in the plan's order. ``encoded``: of each image encoded, the sum of what
+        the encoder gave."""
         self._drawn = drawn
-        self._arriving = Arriving([tensor for part in drawn for tensor in part.tensors])
+        self._images = tuple(encoded)
+        sums = [torch.stack(list(encoded.values()))] if encoded else []
+        self._arriving = Arriving([*(tensor for part in drawn for tensor in part.tensors), *sums])
 
-    def wait(self) -> list[Sampled]:
-        """A sampled token for each slice that samples, in the plan's order."""
+    def wait(self) -> Results:
+        """Waits for this step, and for no later one."""
         tensors = iter(self._arriving.wait())
-        return [token for part in self._drawn for token in part.read([next(tensors) for _ in part.tensors])]
+        tokens = [token for part in self._drawn for token in part.read([next(tensors) for _ in part.tensors])]
+        sums: list[float] = next(tensors).tolist() if self._images else []
+        spoiled = [key for key, total in zip(self._images, sums, strict=True) if not math.isfinite(total)]
+        return Results(tokens, spoiled)
 
 
 class Runner:
@@ -79,25 +106,57 @@ class Runner:
                 if model.decoder.kernels.can_be_recorded:
                     self._decode_graphs = DecodeGraphs(model, kv, self._tokens_R, config, recorder)
 
+    @property
+    def vocab_size(self) -> int:
+        return self._model.config.decoder.vocab_size
+
     @torch.inference_mode()
     def launch(self, plan: StepPlan, pixels: Mapping[bytes, Pixels]) -> Launched:
         """Have the plan's tokens computed, after all that was launched before.
 
-        Raises torch.OutOfMemoryError when the device is full; the cache then holds nothing new that is published.
+        Raises torch.OutOfMemoryError when the device is full, and whatever else a step may fail with; the cache then
+        holds nothing new that is published.
         """
         if self._device.type != "cpu" or self._config.deterministic:
-            return Launched(self._launch(plan, pixels))
+            return self._launch(plan, pixels)
         rows = plan.num_tokens + len(plan.encode) * self._model.config.num_image_tokens
         threads = self._threads.choose(rows)
         if threads != torch.get_num_threads():
             torch.set_num_threads(threads)
         began = time.perf_counter()
-        drawn = self._launch(plan, pixels)
+        launched = self._launch(plan, pixels)
         self._threads.took(rows, threads, time.perf_counter() - began)
-        return Launched(drawn)
+        return launched
 
-    def _launch(self, plan: StepPlan, pixels: Mapping[bytes, Pixels]) -> list[Drawn]:
-        self._encode(plan.encode, pixels)
+    @torch.inference_mode()
+    def probe(self) -> None:
+        """Compute one token for nobody, and wait for it. Raises what no request is to blame for.
+
+        On a device that is lost, this raises as every step would.
+        """
+        request = Request(id="probe", prompt=Prompt((0,)), sampling=SamplingParams(max_tokens=1))
+        nobody = Sequence(request, [0], blocks=[self._config.num_blocks])
+        hidden_TD = self._forward(self._batch((Slice(nobody, 0, 1, samples=True),)))
+        largest = float(self._model.logits(hidden_TD).amax())
+        if not math.isfinite(largest):
+            raise ArithmeticError("The model gives numbers that are not finite whatever it computes.")
+
+    def forget_images(self, keys: Seq[bytes]) -> None:
+        """Drop encoder outputs that a failed step left, or that are no numbers."""
+        for key in keys:
+            self._vision.forget(key)
+
+    def free_memory(self) -> None:
+        """Give back what was kept for the next step. Call once an error is gone: it holds what its step allocated."""
+        # Of a device that is lost, the next step says so.
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()
+
+    def _launch(self, plan: StepPlan, pixels: Mapping[bytes, Pixels]) -> Launched:
+        encoded = self._encode(plan.encode, pixels)
+        return Launched(self._run(plan), encoded)
+
+    def _run(self, plan: StepPlan) -> list[Drawn]:
         if self._config.deterministic:
             return self._run_row_by_row(plan.slices)
         if self._decode_graphs is not None and self._decode_graphs.take(plan.slices):
@@ -115,10 +174,10 @@ class Runner:
 
     def _replay(self, graphs: DecodeGraphs, slices: Seq[Slice]) -> Drawn:
         self.num_replayed += 1
-        token_ids_S, logits_SV = graphs.run(slices)
+        token_ids_S, largest_S, logits_SV = graphs.run(slices)
         sequences = [piece.sequence for piece in slices]
         if all(is_plain(sequence) for sequence in sequences):
-            return Drawn(tuple(sequences), token_ids_S)
+            return Drawn(tuple(sequences), token_ids_S, largest_S)
         # Some ask for more than was recorded: all are drawn again, the others to the same tokens.
         return self._draw(logits_SV, sequences)
 
@@ -143,21 +202,31 @@ class Runner:
             self._tokens_R.index_copy_(0, rows, drawn.token_ids_S)
         return drawn
 
-    def _encode(self, keys: Seq[bytes], pixels: Mapping[bytes, Pixels]) -> None:
-        if not keys:
-            return
+    def _encode(self, keys: Seq[bytes], pixels: Mapping[bytes, Pixels]) -> dict[bytes, Tensor]:
+        """Have images encoded; the sum of each one's output, which is finite where all of it is."""
         # One image a pass in deterministic mode, where no shape may depend on batch mates.
-        size = 1 if self._config.deterministic else len(keys)
-        for first in range(0, len(keys), size):
-            group = keys[first : first + size]
-            stacked_NYXC = to_device(torch.from_numpy(np.stack([pixels[key] for key in group])), self._device)
-            if self._encoder_graphs is not None and self._encoder_graphs.take(len(group)):
-                encoded_NLD = self._encoder_graphs.run(stacked_NYXC)
-            else:
-                encoded_NLD = self._model.encode_images(stacked_NYXC)
-            for key, encoded_LD in zip(group, encoded_NLD, strict=True):
-                # A copy of its own: a view would keep the whole batch alive.
-                self._vision.put(key, encoded_LD.clone())
+        groups = [[key] for key in keys] if self._config.deterministic else [list(keys)] * bool(keys)
+        sums: dict[bytes, Tensor] = {}
+        while groups:
+            group = groups.pop(0)
+            try:
+                sums |= self._encode_group(group, pixels)
+            except torch.OutOfMemoryError:
+                if len(group) == 1:
+                    raise
+                groups = [[key] for key in group]
+        return sums
+
+    def _encode_group(self, group: Seq[bytes], pixels: Mapping[bytes, Pixels]) -> dict[bytes, Tensor]:
+        stacked_NYXC = to_device(torch.from_numpy(np.stack([pixels[key] for key in group])), self._device)
+        if self._encoder_graphs is not None and self._encoder_graphs.take(len(group)):
+            encoded_NLD = self._encoder_graphs.run(stacked_NYXC)
+        else:
+            encoded_NLD = self._model.encode_images(stacked_NYXC)
+        for key, encoded_LD in zip(group, encoded_NLD, strict=True):
+            # A copy of its own: a view would keep the whole batch alive.
+            self._vision.put(key, encoded_LD.clone())
+        return dict(zip(group, encoded_NLD.sum(dim=(1, 2), dtype=torch.float32), strict=True))
 
     def _batch(self, slices: Seq[Slice]) -> StepBatch:
         return build_batch(

@@ -5,6 +5,7 @@ Knows what each request asked for. Knows nothing of text, stop conditions or the
 Shape suffixes: S sampled rows, V vocabulary, K likeliest tokens.
 """
 
+import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -27,6 +28,8 @@ class Sampled:
     token_id: int
     logprob: float | None = None
     top_logprobs: tuple[TopLogprob, ...] = ()
+    is_sound: bool = True
+    """False where the row's logits hold a NaN or an infinity, or allow no token: then the token means nothing."""
 
 
 @dataclass(frozen=True)
@@ -35,25 +38,28 @@ class Drawn:
 
     sequences: tuple[Sequence, ...]
     token_ids_S: Tensor
+    largest_S: Tensor
+    """Of each row's logits, as drawn from: a NaN if any of them is one, infinite if none may be chosen or one is."""
     logprobs: tuple[Tensor, Tensor, Tensor] | None = None
     """Of the drawn tokens [S], of the likeliest ones and their ids, both [S, K]; where a sequence asks for any."""
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """What the host has to see for ``read``."""
-        return (self.token_ids_S, *(self.logprobs or ()))
+        return (self.token_ids_S, self.largest_S, *(self.logprobs or ()))
 
     def read(self, tensors: Seq[Tensor]) -> list[Sampled]:
         """The tokens, from ``tensors`` on the host."""
         token_ids: list[int] = tensors[0].tolist()
+        sound = [math.isfinite(largest) for largest in tensors[1].tolist()]
         if self.logprobs is None:
-            return [Sampled(token_id) for token_id in token_ids]
-        chosen, best_values, best_ids = (tensor.tolist() for tensor in tensors[1:])
+            return [Sampled(token_id, is_sound=each) for token_id, each in zip(token_ids, sound, strict=True)]
+        chosen, best_values, best_ids = (tensor.tolist() for tensor in tensors[2:])
         results = []
         for row, sequence in enumerate(self.sequences):
             params = sequence.request.sampling
-            if not params.logprobs:
-                results.append(Sampled(token_ids[row]))
+            if not (params.logprobs and sound[row]):
+                results.append(Sampled(token_ids[row], is_sound=sound[row]))
                 continue
             best = zip(best_ids[row][: params.top_logprobs], best_values[row][: params.top_logprobs], strict=True)
             tops = tuple(TopLogprob(token_id, value) for token_id, value in best)
@@ -107,11 +113,13 @@ def choose_tokens(logits_SV: Tensor, sequences: Seq[Sequence], draw: Sample) -> 
         logits_SV: float32, one row a sequence. Not modified.
         draw: the kernel ``sample``, or its twin.
     """
-    token_ids_S = _draw(_shape(logits_SV, sequences), draw_numbers(sequences), draw)
+    shaped_SV = _shape(logits_SV, sequences)
+    token_ids_S = _draw(shaped_SV, draw_numbers(sequences), draw)
     logprobs = None
     if any(sequence.request.sampling.logprobs for sequence in sequences):
         logprobs = _logprobs(logits_SV, sequences, token_ids_S)
-    return Drawn(tuple(sequences), token_ids_S, logprobs)
+    # One more pass over the rows, on the device: that a row is sound is learned with its token.
+    return Drawn(tuple(sequences), token_ids_S, shaped_SV.amax(dim=-1), logprobs)
 
 
 def _banned(sequence: Sequence) -> tuple[int, ...]:

@@ -72,8 +72,9 @@ class Scheduler:
         self._release(sequence)
         sequence.status = SequenceStatus.FINISHED
 
-    def plan(self, pixels: Container[bytes]) -> StepPlan:
-        """The next step's decision. ``pixels`` holds the keys of the images that could be encoded now.
+    def plan(self, pixels: Container[bytes], only: Container[str] | None = None) -> StepPlan:
+        """The next step's decision. ``pixels`` holds the keys of the images that could be encoded now; with ``only``,
+        no request beside these is taken out of the waiting line.
 
         Sequences are moved between the lines and given blocks here; token counts change in ``commit``. Steps run in the
         order they were planned in, so a plan may build on what steps before it have yet to compute.
@@ -95,7 +96,7 @@ class Scheduler:
             if sequence.num_uncomputed > 1 and planner.budget > 0:
                 planner.take(sequence)
         if not preempted:
-            self._admit(planner)
+            self._admit(planner, only)
         self._look_ahead(planner)
         return StepPlan(
             slices=tuple(sorted(planner.slices, key=lambda piece: piece.length > 1)),
@@ -124,6 +125,24 @@ class Scheduler:
         sequence.token_ids.append(token_id)
         self._publish(sequence)
 
+    def put_back(self, sequence: Sequence) -> None:
+        """After a failure: have a sequence computed again from the tokens that are known of it, wherever it stands.
+
+        What was launched for it before is not its own any more; tokens that weren't known yet are drawn again, to the
+        same ones.
+        """
+        if sequence.status is SequenceStatus.RUNNING:
+            self._to_waiting(sequence)
+        else:
+            self._release(sequence)
+            sequence.num_cached_tokens = 0
+        sequence.num_pending = 0
+        sequence.num_restarts += 1
+
+    def distrust(self, sequence: Sequence, start: int = 0) -> None:
+        """Let nobody find the blocks of a sequence that hold tokens from ``start`` on."""
+        self._blocks.forget(sequence.block_hashes[start // self._config.block_size :])
+
     def check(self) -> None:
         """Assert that no block or pin is held by anything but a running sequence."""
         self._blocks.check([sequence.blocks for sequence in self.running])
@@ -148,18 +167,23 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
+        self._to_waiting(sequence)
+        self.num_preemptions += 1
+
+    def _to_waiting(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._release(sequence)
         sequence.status = SequenceStatus.WAITING
         sequence.num_cached_tokens = 0
         self.waiting.rejoin(sequence)
-        self.num_preemptions += 1
 
-    def _admit(self, planner: "_StepPlanner") -> None:
+    def _admit(self, planner: "_StepPlanner", only: Container[str] | None) -> None:
         computing = {key for sequence in self.running for key in self._keys_under_way(sequence)}
         for sequence in self.waiting:
             if planner.budget <= 0 or len(self.running) >= self._config.max_running:
                 return
+            if only is not None and sequence.id not in only:
+                continue
             hits = self._find_prefix(sequence)
             next_key = sequence.block_hashes[len(hits) : self._num_findable(sequence)][:1]
             if next_key and next_key[0] in computing:
@@ -173,7 +197,9 @@ class Scheduler:
             if needed + reserve > self._blocks.num_free - self._blocks.num_idle_among(hits):
                 return
             assert sequence.num_pending == 0, f"request {sequence.id} is admitted with a token still unknown"
+            # Held before more is taken, so that whatever fails here, it is given back.
             self._blocks.share(hits)
+            sequence.blocks = hits
             sequence.blocks = hits + self._blocks.allocate(needed)
             sequence.num_cached_tokens = start
             sequence.num_published = len(hits)

@@ -268,6 +268,8 @@ class Sequence:
     """Prefix-cache hits when first scheduled; -1 before that."""
     pinned: set[bytes] = field(default_factory=set)
     """Keys of images whose encoder outputs this sequence still needs."""
+    num_restarts: int = 0
+    """How often it was put back after a failure: what was launched for it before that draws nothing for it."""
 
     @property
     def id(self) -> str:

@@ -45,6 +45,12 @@ class VisionCache(Generic[T]):
             self._bytes += entry.nbytes
         self._evict()
 
+    def forget(self, key: bytes) -> None:
+        """Drop ``key``, pinned or not: its entry is not to be used."""
+        entry = self._entries.pop(key, None)
+        if entry is not None:
+            self._bytes -= entry.nbytes
+
     def pin(self, key: bytes) -> None:
         """Keep ``key``, present or about to be put, until as many ``unpin`` calls have come."""
         self._pins[key] = self._pins.get(key, 0) + 1

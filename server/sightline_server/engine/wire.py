@@ -113,7 +113,11 @@ _report_decoder: msgspec.msgpack.Decoder[Report] = msgspec.msgpack.Decoder(Repor
 
 
 def encode(message: Command | Report) -> bytes:
-    return _encoder.encode(message)
+    """Raises WireError for what MessagePack can't hold: an integer of more than 64 bits, half a surrogate pair."""
+    try:
+        return _encoder.encode(message)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise WireError(f"A message holds what can't be sent: {error}") from error
 
 
 def decode_report(frame: Frame) -> Report:
@@ -122,6 +126,23 @@ def decode_report(frame: Frame) -> Report:
         return _report_decoder.decode(frame)
     except msgspec.MsgspecError as error:
         raise WireError(f"The engine process sent no valid message: {error}") from error
+
+
+def request_of(frames: Sequence[Frame]) -> tuple[str, str] | None:
+    """Of a command that ``decode_command`` refuses: its tag and the one request it is for; None where that isn't sure.
+
+    Only of commands that bring something for a request: one that doesn't arrive leaves that request alone unserved.
+    """
+    try:
+        fields: Any = msgspec.msgpack.decode(frames[0])
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return None
+    match fields:
+        case {"type": "add", "request": {"id": str(request_id)}}:
+            return "add", request_id
+        case {"type": "provide", "request_id": str(request_id)}:
+            return "provide", request_id
+    return None
 
 
 def encode_pixels(request_id: str, digest: bytes, pixels: np.ndarray[Any, Any]) -> tuple[bytes, memoryview]:

@@ -2,6 +2,7 @@
 
 Loads an engine, then turns commands from the socket into calls and steps into reports. Knows no HTTP and no text, and
 decides nothing: an exception that escapes a step ends this process, and its supervisor (``client.py``) starts another.
+What can't be read or told ends the one request it belongs to, where that is sure.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import zmq
 from sightline_models.config import CheckpointError
 from sightline_server import logs
 from sightline_server.engine import wire
-from sightline_server.engine.types import EngineInfo, EngineStats, Event, Request
+from sightline_server.engine.types import EngineInfo, EngineStats, Event, FinishEvent, FinishReason, Request, Usage
 from sightline_server.settings import Settings, SettingsError
 
 # Its own name is __main__.
@@ -34,6 +35,7 @@ log = logging.getLogger("sightline_server.engine.worker")
 
 DEFAULT_FACTORY = "sightline_server.engine.load:load_engine"
 HEARTBEAT_S = 1.0
+UNREADABLE = "The engine could not read or tell what belongs to this request. Send it again, changed."
 
 
 class SteppingEngine(Protocol):
@@ -97,6 +99,7 @@ class EngineLoop:
         self._reports = reports
         self._heart = heart
         self._adds_taken = 0
+        self._refusals: list[Event] = []
 
     def load(self, factory: EngineFactory) -> SteppingEngine:
         """Raises Stopped, or whatever the factory raises."""
@@ -121,7 +124,8 @@ class EngineLoop:
                 self._heart.step_began = time.monotonic()
                 events = engine.step()
                 self._heart.step_began = None
-                self._send(wire.StepReport(events, engine.stats(), self._adds_taken))
+                self._report(engine, [*self._refusals, *events])
+                self._refusals.clear()
 
     def fail(self, message: str) -> None:
         self._send(wire.StartFailed(message))
@@ -136,7 +140,15 @@ class EngineLoop:
         return told
 
     def _apply(self, engine: SteppingEngine, frames: list[bytes]) -> None:
-        command, pixels = wire.decode_command(frames)
+        try:
+            command, pixels = wire.decode_command(frames)
+        except wire.WireError:
+            whose = wire.request_of(frames)
+            if whose is None:
+                raise
+            log.exception("what came for request %s can't be read; it ends", whose[1])
+            self._refuse(engine, *whose)
+            return
         match command:
             case wire.Add(request):
                 self._adds_taken += 1
@@ -153,11 +165,50 @@ class EngineLoop:
             case wire.Start():
                 raise wire.WireError("The engine was told to start twice.")
 
+    def _refuse(self, engine: SteppingEngine, tag: str, request_id: str) -> None:
+        if tag == "add":
+            self._adds_taken += 1
+            self._refusals.append(_failed(request_id))
+        else:
+            engine.fail_image(request_id, b"", "server_error", UNREADABLE)
+
+    def _report(self, engine: SteppingEngine, events: list[Event]) -> None:
+        stats = engine.stats()
+        try:
+            self._send(wire.StepReport(events, stats, self._adds_taken))
+        except wire.WireError:
+            log.exception("not everything that a step gave can be told")
+            self._send(wire.StepReport(self._tellable(engine, events), stats, self._adds_taken))
+
+    def _tellable(self, engine: SteppingEngine, events: list[Event]) -> list[Event]:
+        """These events, but for those of requests of which one can't be encoded: these end."""
+        tellable: list[Event] = []
+        ending: set[str] = set()
+        for event in events:
+            request_id = event.request_id
+            if request_id not in ending:
+                try:
+                    wire.encode(wire.StepReport([event], EngineStats(), 0))
+                except wire.WireError:
+                    ending.add(request_id)
+                    # Ignored where it has ended; then its end is among these events.
+                    engine.fail_image(request_id, b"", "server_error", UNREADABLE)
+                else:
+                    tellable.append(event)
+                    continue
+            if isinstance(event, FinishEvent):
+                tellable.append(_failed(request_id))
+        return tellable
+
     def _progress(self, stage: str, fraction: float) -> None:
         self._send(wire.Progress(stage, fraction))
 
     def _send(self, report: wire.Report) -> None:
         self._reports.send(wire.encode(report))
+
+
+def _failed(request_id: str) -> FinishEvent:
+    return FinishEvent(request_id, FinishReason.ERROR, Usage(), "server_error", UNREADABLE)
 
 
 def die_with_parent(parent: int) -> None:
