@@ -165,6 +165,13 @@ class Settings:
         False, "Make a request's bytes independent of what else runs, at a cost in speed.", section="Engine"
     )
 
+    step_timeout_s: float = _row(
+        0.0,
+        "Seconds after which a step counts as hung and the engine is restarted. 0: 120 on a GPU, 600 on a CPU.",
+        section="Engine",
+        minimum=0,
+    )
+
     # HTTP
     host: str = _row("127.0.0.1", "Address to listen on.", section="HTTP")
     port: int = _row(8000, "Port to listen on. 0: any free one.", section="HTTP", minimum=0, maximum=65535)
@@ -187,6 +194,12 @@ class Settings:
 
     # Limits
     max_queue: int = _row(256, "Most requests waiting for the engine; more get 503.", section="Limits", minimum=1)
+    restart_wait_s: float = _row(
+        60.0,
+        "Seconds that requests which had not begun wait for an engine that died to be back. 0: they end at once.",
+        section="Limits",
+        minimum=0,
+    )
     max_body_mb: float = _row(64.0, "Largest request body, in MiB.", section="Limits", minimum=0.001)
     body_timeout_s: float = _row(60.0, "Seconds a request body may take to arrive.", section="Limits", minimum=0.1)
     refusal_delay_s: float = _row(
