@@ -29,7 +29,7 @@ from sightline_server.cli.lifetime import HttpServer, ServeError, StopSignals, a
 from sightline_server.cli.terminal import complain
 from sightline_server.engine.client import EngineStartError
 from sightline_server.engine.fleet import make_engines
-from sightline_server.errors import ServerFault
+from sightline_server.errors import ApiError
 from sightline_server.settings import Settings, SettingsError
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     except SettingsError as error:
         complain(str(error))
         return 2
-    except (ServeError, CheckpointError, TokenizerError, ImageError, EngineStartError, ServerFault) as error:
+    except (ServeError, CheckpointError, TokenizerError, ImageError, EngineStartError, ApiError) as error:
         complain(str(error))
         return 1
 

@@ -31,6 +31,9 @@ ENGINE_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
 }
 
+FILES_TO_START = 32
+"""Most files that a start opens, on the way or for good."""
+
 log = logging.getLogger(__name__)
 
 
@@ -93,6 +96,7 @@ class ChildProcess:
         cls, on_report: Callable[[wire.Report], None], *, factory: str | None, patience: Patience
     ) -> "ChildProcess":
         """Starts the process; it says ``Hello`` once it is up. Raises OSError."""
+        check_open_files(FILES_TO_START)
         folder = ScratchFolder("sockets")
         context = zmq.Context[zmq.Socket[bytes]]()
         try:
@@ -231,6 +235,18 @@ class ChildProcess:
         asyncio.get_running_loop().remove_reader(self._reports.fileno())
         self._context.destroy(linger=0)
         self._folder.remove()
+
+
+def check_open_files(count: int) -> None:
+    """Raises OSError when ``count`` more files can't be opened. To be asked before libraries that don't say so: ZeroMQ
+    ends the whole process, uvloop finds no words."""
+    opened = []
+    try:
+        for _ in range(count):
+            opened.append(os.open(os.devnull, os.O_RDONLY))
+    finally:
+        for number in opened:
+            os.close(number)
 
 
 def is_stopped(pid: int) -> bool:

@@ -5,7 +5,10 @@ end with one named reason. Knows requests and events. Knows no torch, no HTTP an
 """
 
 import asyncio
+import errno
 import logging
+import os
+import tempfile
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
@@ -368,7 +371,7 @@ class EngineProcess(EngineClient):
         try:
             self._child = await ChildProcess.spawn(self._on_report, factory=self._factory, patience=self._patience)
         except OSError as error:
-            how = f"could not be started ({error})"
+            how = f"could not be started ({error.strerror or error})"
         else:
             how = await self._child.died()
         self._child = None
@@ -400,6 +403,10 @@ def queue_is_full(max_queue: int) -> Unavailable:
 
 
 def _advice(how: str) -> str:
+    if os.strerror(errno.EMFILE) in how or os.strerror(errno.ENFILE) in how:
+        return " Allow this server more open files (ulimit -n), or fewer connections."
+    if os.strerror(errno.ENOSPC) in how:
+        return f" Free some room in {tempfile.gettempdir()}, or give another folder as TMPDIR."
     if "SIGKILL" in how:
         return " A process killed so has often run out of memory: the system's log says, and a smaller cache may help."
     return ""
