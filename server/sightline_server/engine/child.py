@@ -7,10 +7,12 @@ taken for a word of the next.
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -256,6 +258,17 @@ def is_stopped(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"T"
     except (OSError, IndexError):
         return False
+
+
+def advice(how: str) -> str:
+    """What an operator may do about a process that ended so; empty when nothing is known."""
+    if os.strerror(errno.EMFILE) in how or os.strerror(errno.ENFILE) in how:
+        return " Allow this server more open files (ulimit -n), or fewer connections."
+    if os.strerror(errno.ENOSPC) in how:
+        return f" Free some room in {tempfile.gettempdir()}, or give another folder as TMPDIR."
+    if "SIGKILL" in how:
+        return " A process killed so has often run out of memory: the system's log says, and a smaller cache may help."
+    return ""
 
 
 def _signal_name(number: int) -> str:

@@ -5,10 +5,7 @@ end with one named reason. Knows requests and events. Knows no torch, no HTTP an
 """
 
 import asyncio
-import errno
 import logging
-import os
-import tempfile
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
@@ -21,7 +18,7 @@ import msgspec
 from sightline_models.images import ImageError
 from sightline_server import settings as settings_table
 from sightline_server.engine import wire
-from sightline_server.engine.child import ChildProcess, Patience
+from sightline_server.engine.child import ChildProcess, Patience, advice
 from sightline_server.engine.flights import Flight, Flights
 from sightline_server.engine.flights import PixelSource as PixelSource
 from sightline_server.engine.suspects import Suspects
@@ -380,9 +377,9 @@ class EngineProcess(EngineClient):
             return 0.0
         if self._info is None:
             # A process that told its reason before it ended has failed the start already.
-            self._fail(self._failure or f"The engine process {how} while it was loading the model.{_advice(how)}")
+            self._fail(self._failure or f"The engine process {how} while it was loading the model.{advice(how)}")
             return 0.0
-        log.error("The engine process %s.%s", how, _advice(how))
+        log.error("The engine process %s.%s", how, advice(how))
         self._settled.clear()
         self._past, self._stats = self._past + self._stats.totals, EngineStats()
         self._carry_over()
@@ -400,16 +397,6 @@ def queue_is_full(max_queue: int) -> Unavailable:
         code="server_is_overloaded",
         retry_after_s=OVERLOADED_RETRY_S,
     )
-
-
-def _advice(how: str) -> str:
-    if os.strerror(errno.EMFILE) in how or os.strerror(errno.ENFILE) in how:
-        return " Allow this server more open files (ulimit -n), or fewer connections."
-    if os.strerror(errno.ENOSPC) in how:
-        return f" Free some room in {tempfile.gettempdir()}, or give another folder as TMPDIR."
-    if "SIGKILL" in how:
-        return " A process killed so has often run out of memory: the system's log says, and a smaller cache may help."
-    return ""
 
 
 async def _fetch_pixels(child: ChildProcess, flight: Flight, digest: bytes) -> None:
