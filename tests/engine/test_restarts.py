@@ -1,6 +1,7 @@
 """Engine processes that die, hang or are stopped, and what their supervisor makes of it."""
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from supervised import (
 )
 from worker_engines import CRASH_TOKEN, HANG_TOKEN
 
+from sightline_server.engine import child
 from sightline_server.engine.child import Patience
 from sightline_server.engine.client import RestartPolicy
 from sightline_server.engine.types import FinishEvent, FinishReason
@@ -170,9 +172,27 @@ def test_E5_the_engine_dies_with_a_killed_parent(tmp_path: Path) -> None:
         assert parent.stdout is not None
         pid, torch_imported = parent.stdout.readline().split()
         assert torch_imported == "False"
-        child = psutil.Process(int(pid))
-        assert child.is_running()
+        orphan = psutil.Process(int(pid))
+        assert orphan.is_running()
         parent.kill()
-    psutil.wait_procs([child], timeout=10)
-    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    psutil.wait_procs([orphan], timeout=10)
+    assert not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE
     assert not list(tmp_path.iterdir()), "a socket's folder outlived both processes"
+
+
+async def test_E4_without_room_for_its_sockets_the_engine_is_back_when_there_is_some(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = await started(make_engine("counting"))
+    assert engine.pid is not None
+
+    def full(purpose: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(child, "ScratchFolder", full)
+        os.kill(engine.pid, signal.SIGKILL)
+        await eventually(lambda: "could not be started (No space left on device). Free some room in" in caplog.text)
+        assert not engine.ready
+    await engine.wait_ready(START_S)
+    assert tokens_of(await collect(engine, request("next"))) == [0, 1, 2, 3, 4]
