@@ -64,6 +64,9 @@ class Flights:
     def num_held(self) -> int:
         return len(self._held)
 
+    def __len__(self) -> int:
+        return len(self._held) + len(self._aboard)
+
     def hold(self, request: Request, pixels: PixelSource) -> Flight:
         """A new flight, last in line."""
         assert self.get(request.id) is None, f"request {request.id} is in flight already"
