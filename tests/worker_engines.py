@@ -41,6 +41,9 @@ CRASH_TOKEN = 666
 HANG_TOKEN = 667
 """A prompt that begins with this makes a step that never ends."""
 
+LATE_CRASH_TOKEN = 668
+"""A prompt that begins with this makes the engine raise in the step after its third token."""
+
 
 class CountingEngine:
     """Answers with 0, 1, 2, ... one token a step; a prompt's images add the sum of their pixels as a first token."""
@@ -84,6 +87,8 @@ class CountingEngine:
                 raise RuntimeError("planted crash")
             if request.prompt.token_ids[:1] == (HANG_TOKEN,):
                 time.sleep(3600)
+            if request.prompt.token_ids[:1] == (LATE_CRASH_TOKEN,) and self.generated[request.id] == 3:
+                raise RuntimeError("planted late crash")
             if self.missing[request.id]:
                 continue
             self.pending.append(TokenEvent(request.id, self.generated[request.id]))
@@ -126,6 +131,22 @@ def counting(folder: Path, settings: Settings, progress: Progress) -> tuple[Coun
 
 
 def stuck(folder: Path, settings: Settings, progress: Progress) -> tuple[CountingEngine, EngineInfo]:
+    return StuckEngine(), INFO
+
+
+def stuck_at_first(folder: Path, settings: Settings, progress: Progress) -> tuple[CountingEngine, EngineInfo]:
+    """Never begins with a request in its first life; works from the second on. Marks ``folder``."""
+    if (folder / "was stuck").exists():
+        return CountingEngine(0.005), INFO
+    (folder / "was stuck").touch()
+    return StuckEngine(), INFO
+
+
+def stuck_and_gone(folder: Path, settings: Settings, progress: Progress) -> tuple[CountingEngine, EngineInfo]:
+    """Never begins with a request in its first life; never loads again. Marks ``folder``."""
+    if (folder / "was stuck").exists():
+        time.sleep(3600)
+    (folder / "was stuck").touch()
     return StuckEngine(), INFO
 
 

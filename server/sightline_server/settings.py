@@ -165,6 +165,13 @@ class Settings:
         False, "Make a request's bytes independent of what else runs, at a cost in speed.", section="Engine"
     )
 
+    step_timeout_s: float = _row(
+        0.0,
+        "Seconds after which a step counts as hung and the engine is restarted. 0: 120 on a GPU, 600 on a CPU.",
+        section="Engine",
+        minimum=0,
+    )
+
     # HTTP
     host: str = _row("127.0.0.1", "Address to listen on.", section="HTTP")
     port: int = _row(8000, "Port to listen on. 0: any free one.", section="HTTP", minimum=0, maximum=65535)
@@ -240,6 +247,12 @@ class Settings:
     queue_timeout_s: float = _row(
         120.0,
         "Seconds a request may wait for its first token while others queue; then it gets 503. 0: for ever.",
+        section="Limits",
+        minimum=0,
+    )
+    restart_wait_s: float = _row(
+        60.0,
+        "Seconds that requests which had not begun wait for an engine that died to be back. 0: they end at once.",
         section="Limits",
         minimum=0,
     )

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,10 +104,15 @@ def clean_environment(**more: str) -> dict[str, str]:
 
 
 @contextmanager
-def running_server(folder: Path, *arguments: str, **environment: str) -> Iterator[RunningServer]:
-    """A server that has been started and not waited for, in a process group of its own as a terminal gives it."""
+def running_server(
+    folder: Path, *arguments: str, launcher: Sequence[str] = (), **environment: str
+) -> Iterator[RunningServer]:
+    """A server that has been started and not waited for, in a process group of its own as a terminal gives it.
+
+    ``launcher`` is a command that becomes the one that follows it.
+    """
     port = free_port()
-    command = [sys.executable, "-m", "sightline_server.cli.main", "serve", "--port", str(port), *arguments]
+    command = [*launcher, sys.executable, "-m", "sightline_server.cli.main", "serve", "--port", str(port), *arguments]
     with (folder / "stdout").open("wb") as stdout, (folder / "stderr").open("wb") as stderr:
         process = subprocess.Popen(
             command,
@@ -131,12 +136,12 @@ def start_server(tmp_path: Path) -> Iterator[Callable[..., RunningServer]]:
     with ExitStack() as stack:
         count = 0
 
-        def start(*arguments: str, **environment: str) -> RunningServer:
+        def start(*arguments: str, launcher: Sequence[str] = (), **environment: str) -> RunningServer:
             nonlocal count
             count += 1
             folder = tmp_path / f"server-{count}"
             folder.mkdir()
-            return stack.enter_context(running_server(folder, *arguments, **environment))
+            return stack.enter_context(running_server(folder, *arguments, launcher=launcher, **environment))
 
         yield start
 

@@ -197,7 +197,7 @@ def test_its_python_example_works_as_it_is(
     assert made == {"base_url": demo_server.url + "/v1", "api_key": "none"}
 
 
-def test_the_engine_killed_under_load_comes_back_and_answers_right(
+def test_E4_the_engine_killed_under_load_comes_back_and_answers_right(
     start_server: StartServer, two_objects_png: bytes
 ) -> None:
     server = start_server()
@@ -218,7 +218,11 @@ def test_the_engine_killed_under_load_comes_back_and_answers_right(
             data = stream.wait_ended()
             assert json.loads(data[-1])["error"]["code"] == "engine_restarting"
             assert sum("error" in json.loads(item) for item in data) == 1
-        for answer in (refusal, *(future.result(60) for future in plain)):
+        for answer in (refusal, *(future.result(120) for future in plain)):
+            if answer is not refusal and answer.status_code == 200:
+                # It hadn't begun, and was carried over to the next process.
+                assert answer.json()["choices"][0]["finish_reason"] == "length"
+                continue
             assert answer.status_code == 503
             assert answer.json()["error"]["code"] == "engine_restarting"
             assert int(answer.headers["Retry-After"]) >= 1
@@ -228,7 +232,7 @@ def test_the_engine_killed_under_load_comes_back_and_answers_right(
     assert describe(server, two_objects_png) == DESCRIPTION
 
 
-def test_nothing_outlives_a_killed_server(start_server: StartServer, two_objects_png: bytes) -> None:
+def test_E5_nothing_outlives_a_killed_server(start_server: StartServer, two_objects_png: bytes) -> None:
     server = start_server()
     server.wait_for("/ready", 200)
     assert describe(server, two_objects_png) == DESCRIPTION
@@ -239,7 +243,7 @@ def test_nothing_outlives_a_killed_server(start_server: StartServer, two_objects
     assert gone(children)
 
 
-def test_sigterm_lets_running_requests_finish(start_server: StartServer) -> None:
+def test_E10_sigterm_lets_running_requests_finish(start_server: StartServer) -> None:
     server = start_server("--drain-timeout-s", "90")
     server.wait_for("/ready", 200)
     children = psutil.Process(server.process.pid).children(recursive=True)
@@ -258,7 +262,7 @@ def test_sigterm_lets_running_requests_finish(start_server: StartServer) -> None
     assert "Traceback" not in server.stderr
 
 
-def test_O12_a_request_that_takes_too_long_to_drain_gets_an_error(start_server: StartServer) -> None:
+def test_E10_O12_a_request_that_takes_too_long_to_drain_gets_an_error(start_server: StartServer) -> None:
     server = start_server("--drain-timeout-s", "0.2")
     server.wait_for("/ready", 200)
     # One answer alone, of a model as small as this one, may be done sooner than that.
@@ -266,7 +270,7 @@ def test_O12_a_request_that_takes_too_long_to_drain_gets_an_error(start_server: 
     began = time.monotonic()
     server.process.send_signal(signal.SIGTERM)
     data = stream.wait_ended()
-    assert json.loads(data[-1])["error"]["code"] == "server_is_draining"
+    assert json.loads(data[-1])["error"]["code"] == "server_shutting_down"
     assert "[DONE]" not in data
     assert server.process.wait(20) == 0
     assert time.monotonic() - began < 15
@@ -296,7 +300,7 @@ def test_a_signal_while_loading_ends_the_server(start_server: StartServer) -> No
     assert "Traceback" not in server.stderr
 
 
-def test_a_second_signal_ends_the_server_at_once(start_server: StartServer) -> None:
+def test_E10_a_second_signal_ends_the_server_at_once(start_server: StartServer) -> None:
     server = start_server()
     server.wait_for("/ready", 200)
     children = psutil.Process(server.process.pid).children(recursive=True)

@@ -1,105 +1,34 @@
-"""The supervisor and its process: true processes and sockets, with engines that are made to misbehave."""
+"""The engine's client and its process: true processes and sockets, with engines that do as they are told."""
 
 import asyncio
 import os
 import signal
-import subprocess
-import sys
-import tempfile
-import textwrap
 import time
-from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 import worker_engines
-from worker_engines import CRASH_TOKEN, HANG_TOKEN
+from supervised import (
+    START_S,
+    Events,
+    MakeEngine,
+    collect,
+    ends_of,
+    eventually,
+    no_pixels,
+    request,
+    started,
+    tokens_of,
+)
 
 from sightline_models.images import ImageError
-from sightline_server.engine.child import Patience
-from sightline_server.engine.client import EngineProcess, EngineStartError, RestartPolicy
-from sightline_server.engine.types import (
-    FinishEvent,
-    FinishReason,
-    ImageSpan,
-    Prompt,
-    Request,
-    SamplingParams,
-    TokenEvent,
-)
+from sightline_server.engine.client import EngineStartError
+from sightline_server.engine.types import FinishEvent, FinishReason
 from sightline_server.errors import Unavailable
 from sightline_server.settings import Settings, replace
-
-START_S = 60.0
-FAST = RestartPolicy(unit_s=0.05, longest_s=0.2)
-
-Events = list[TokenEvent | FinishEvent]
-MakeEngine = Callable[..., EngineProcess]
-
-
-@pytest.fixture
-async def make_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncIterator[MakeEngine]:
-    """Engines by the name of their factory in ``worker_engines``; all closed at the end, nothing left behind."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(worker_engines.__file__).parent))
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
-    made: list[EngineProcess] = []
-
-    def make(factory: str, settings: Settings | None = None, **options: Any) -> EngineProcess:
-        options.setdefault("policy", FAST)
-        folder = options.pop("folder", tmp_path)
-        engine = EngineProcess(folder, settings or Settings(), factory=f"worker_engines:{factory}", **options)
-        made.append(engine)
-        return engine
-
-    # Servers that other tests share live on.
-    before = set(psutil.Process().children())
-    yield make
-    for engine in made:
-        await engine.close()
-        assert engine.pid is None
-    assert not list(scratch.iterdir()), "a socket's folder was left behind"
-    assert set(psutil.Process().children()) <= before, "an engine process was left behind"
-
-
-def request(
-    name: str, *, max_tokens: int = 5, tokens: tuple[int, ...] = (1, 2, 3), images: tuple[bytes, ...] = ()
-) -> Request:
-    spans = tuple(ImageSpan(index, 1, digest) for index, digest in enumerate(images))
-    return Request(id=name, prompt=Prompt(tokens, spans), sampling=SamplingParams(max_tokens=max_tokens))
-
-
-async def no_pixels(digest: bytes) -> np.ndarray[Any, Any]:
-    raise AssertionError("no pixels were to be asked for")
-
-
-async def collect(engine: EngineProcess, wanted: Request, pixels: Any = no_pixels) -> Events:
-    return [event async for event in engine.submit(wanted, pixels)]
-
-
-async def eventually(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not condition():  # noqa: ASYNC110 - what is awaited happens in another process
-            await asyncio.sleep(0.01)
-
-
-async def started(engine: EngineProcess) -> EngineProcess:
-    await engine.start()
-    await engine.wait_ready(START_S)
-    return engine
-
-
-def tokens_of(events: Events) -> list[int]:
-    return [event.token_id for event in events if isinstance(event, TokenEvent)]
-
-
-def ends_of(events: Events) -> list[FinishEvent]:
-    return [event for event in events if isinstance(event, FinishEvent)]
 
 
 async def test_a_request_gets_its_tokens_and_then_its_end(make_engine: MakeEngine) -> None:
@@ -254,73 +183,7 @@ async def test_O1_a_full_queue_refuses_at_once_even_before_the_engine_has_answer
     await engine.close()
     for events in await asyncio.gather(*waiting, return_exceptions=True):
         assert isinstance(events, list)
-        assert [end.error_code for end in events] == ["server_is_draining"]
-
-
-async def test_a_killed_process_ends_its_requests_once_and_comes_back(make_engine: MakeEngine) -> None:
-    engine = await started(make_engine("counting"))
-    first = engine.pid
-    assert first is not None
-    running = [asyncio.create_task(collect(engine, request(f"r{i}", max_tokens=10**6))) for i in range(8)]
-    await eventually(lambda: engine.stats.running == 8)
-    os.kill(first, signal.SIGKILL)
-    for events in await asyncio.gather(*running):
-        (end,) = ends_of(events)
-        assert events[-1] is end
-        assert (end.reason, end.error_code) == (FinishReason.ERROR, "engine_restarting")
-        assert end.usage.prompt_tokens == 3
-        assert end.usage.completion_tokens == len(events) - 1 > 0
-    assert not engine.ready
-    with pytest.raises(Unavailable) as refusal:
-        await collect(engine, request("meanwhile"))
-    assert refusal.value.code == "engine_restarting"
-    assert refusal.value.retry_after_s is not None
-
-    await engine.wait_ready(START_S)
-    assert engine.restarts == 1
-    assert engine.pid != first
-    assert tokens_of(await collect(engine, request("next"))) == [0, 1, 2, 3, 4]
-
-
-async def test_an_exception_in_a_step_restarts_the_process(make_engine: MakeEngine, capfd: Any) -> None:
-    engine = await started(make_engine("counting"))
-    beside = asyncio.create_task(collect(engine, request("beside", max_tokens=10**6)))
-    await eventually(lambda: engine.stats.running == 1)
-    (end,) = await collect(engine, request("poison", tokens=(CRASH_TOKEN,)))
-    assert isinstance(end, FinishEvent)
-    assert end.error_code == "engine_restarting"
-    assert ends_of(await beside)[0].error_code == "engine_restarting"
-    await engine.wait_ready(START_S)
-    assert tokens_of(await collect(engine, request("next"))) == [0, 1, 2, 3, 4]
-    assert "planted crash" in capfd.readouterr().err
-
-
-async def test_a_stopped_process_is_noticed_and_replaced(make_engine: MakeEngine) -> None:
-    engine = await started(make_engine("counting", patience=Patience(silence_s=3.0)))
-    first = engine.pid
-    assert first is not None
-    running = asyncio.create_task(collect(engine, request("r", max_tokens=10**6)))
-    await eventually(lambda: engine.stats.running == 1)
-    os.kill(first, signal.SIGSTOP)
-    assert ends_of(await running)[0].error_code == "engine_restarting"
-    await engine.wait_ready(START_S)
-    assert engine.pid != first
-
-
-async def test_a_step_that_never_ends_is_noticed_and_the_process_replaced(make_engine: MakeEngine) -> None:
-    engine = await started(make_engine("counting", patience=Patience(cpu_step_s=1.0)))
-    (end,) = await collect(engine, request("r", tokens=(HANG_TOKEN,)))
-    assert isinstance(end, FinishEvent)
-    assert end.error_code == "engine_restarting"
-    await engine.wait_ready(START_S)
-    assert tokens_of(await collect(engine, request("next", max_tokens=1))) == [0]
-
-
-async def test_an_idle_process_is_not_taken_for_a_hung_one(make_engine: MakeEngine) -> None:
-    engine = await started(make_engine("counting", patience=Patience(silence_s=2.5)))
-    await asyncio.sleep(4)
-    assert engine.ready
-    assert engine.restarts == 0
+        assert [end.error_code for end in events] == ["server_shutting_down"]
 
 
 @pytest.mark.parametrize(
@@ -346,29 +209,6 @@ async def test_a_first_start_that_fails_is_final_and_says_why(
     assert engine.restarts == 0
     with pytest.raises(Unavailable):
         await collect(engine, request("a"))
-
-
-async def test_a_later_start_that_fails_is_tried_again(make_engine: MakeEngine, tmp_path: Path) -> None:
-    counts = tmp_path / "counts"
-    counts.mkdir()
-    engine = await started(make_engine("loads_once", folder=counts))
-    assert engine.pid is not None
-    os.kill(engine.pid, signal.SIGKILL)
-    await eventually(lambda: engine.restarts == 2, START_S)
-    await engine.wait_ready(START_S)
-    assert tokens_of(await collect(engine, request("next"))) == [0, 1, 2, 3, 4]
-
-
-async def test_weights_that_were_checked_are_not_checked_again(make_engine: MakeEngine, tmp_path: Path) -> None:
-    engine = await started(make_engine("verifies", settings=Settings(verify=True), folder=tmp_path))
-    assert engine.pid is not None
-    os.kill(engine.pid, signal.SIGKILL)
-    await eventually(lambda: engine.restarts == 1)
-    await engine.wait_ready(START_S)
-    assert (tmp_path / "checked").is_file()
-    assert engine.info is not None
-    assert engine.info.verification is not None
-    assert engine.info.verification.message == "checked once"
 
 
 async def test_the_engine_process_is_told_its_settings_but_no_secret(
@@ -398,44 +238,7 @@ async def test_closing_ends_what_is_in_flight_and_may_be_repeated(make_engine: M
     await engine.close()
     await engine.close()
     (end,) = ends_of(await running)
-    assert (end.reason, end.error_code) == (FinishReason.ERROR, "server_is_draining")
+    assert (end.reason, end.error_code) == (FinishReason.ERROR, "server_shutting_down")
     assert not engine.ready
     with pytest.raises(Unavailable):
         await collect(engine, request("late"))
-
-
-def test_waits_between_restarts_grow_and_are_bounded() -> None:
-    policy = RestartPolicy()
-    assert [policy.delay_s(deaths) for deaths in (1, 2, 3, 4, 5, 6, 7, 8, 10_000)] == [0, 1, 2, 4, 8, 16, 30, 30, 30]
-
-
-def test_the_engine_dies_with_a_killed_parent(tmp_path: Path) -> None:
-    script = """
-        import asyncio, os, pathlib, sys
-        from sightline_server.engine.client import EngineProcess
-        from sightline_server.settings import Settings
-
-        async def main():
-            engine = EngineProcess(pathlib.Path("/"), Settings(), factory="worker_engines:counting")
-            await engine.start()
-            await engine.wait_ready()
-            while os.listdir(os.environ["TMPDIR"]):
-                await asyncio.sleep(0.05)
-            print(engine.pid, "torch" in sys.modules, flush=True)
-            await asyncio.sleep(3600)
-
-        asyncio.run(main())
-    """
-    environment = dict(os.environ, PYTHONPATH=str(Path(worker_engines.__file__).parent), TMPDIR=str(tmp_path))
-    with subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, env=environment, text=True
-    ) as parent:
-        assert parent.stdout is not None
-        pid, torch_imported = parent.stdout.readline().split()
-        assert torch_imported == "False"
-        child = psutil.Process(int(pid))
-        assert child.is_running()
-        parent.kill()
-    psutil.wait_procs([child], timeout=10)
-    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
-    assert not list(tmp_path.iterdir()), "a socket's folder outlived both processes"

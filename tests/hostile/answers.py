@@ -13,8 +13,11 @@ UNAVAILABLE = frozenset(
         "engine_oom",
         "engine_restarting",
         "engine_starting",
+        "queue_timeout",
+        "request_crashed_engine",
         "server_is_draining",
         "server_is_overloaded",
+        "server_shutting_down",
         "too_many_connections",
     }
 )

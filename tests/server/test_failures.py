@@ -12,8 +12,9 @@ from sightline_server.engine.types import EngineStats
 # Code of the engine, status, code of the answer, whether the client may try again.
 FAILURES: list[tuple[str, int, str, str | None]] = [
     ("engine_restarting", 503, "engine_restarting", None),
+    ("server_shutting_down", 503, "server_shutting_down", None),
+    ("request_crashed_engine", 503, "request_crashed_engine", "false"),
     ("server_is_overloaded", 503, "server_is_overloaded", None),
-    ("server_is_draining", 503, "server_is_draining", None),
     ("engine_oom", 503, "engine_oom", "false"),
     ("context_length_exceeded", 400, "context_length_exceeded", None),
     ("image_parse_error", 400, "image_parse_error", None),

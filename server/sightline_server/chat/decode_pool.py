@@ -10,6 +10,7 @@ import asyncio
 import functools
 import hashlib
 import json
+import logging
 import os
 import signal
 from collections import OrderedDict
@@ -21,7 +22,10 @@ import numpy as np
 from sightline_models.images import ImageError, Pixels, PreprocessConfig
 from sightline_server.chat.decode_worker import ANSWER, DECODED, REFUSED
 from sightline_server.confined.process import JOB, command, environment
-from sightline_server.errors import ServerFault
+from sightline_server.engine.child import check_open_files
+from sightline_server.errors import ServerFault, Unavailable
+
+log = logging.getLogger(__name__)
 
 MEMO_ENTRIES = 8192
 _START_TIMEOUT_S = 30.0
@@ -29,6 +33,8 @@ _END_TIMEOUT_S = 1.0
 _ATTEMPTS = 2
 # By the clock, for each second of processor time: the machine may be busy with other things.
 _PATIENCE = 4
+_RETRY_S = 5.0
+_FILES_TO_START = 12
 # Hashing this much takes about a millisecond; more is done off the event loop.
 _HASH_INLINE = 1 << 20
 
@@ -81,12 +87,20 @@ class _Worker:
 
     @classmethod
     async def start(cls, options: str) -> "_Worker":
-        process = await asyncio.create_subprocess_exec(
-            *command("sightline_server.chat.decode_worker", options),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            env=environment(),
-        )
+        try:
+            check_open_files(_FILES_TO_START)
+            process = await asyncio.create_subprocess_exec(
+                *command("sightline_server.chat.decode_worker", options),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                env=environment(),
+            )
+        except OSError as error:
+            log.error("An image decoder could not be started: %s.", error.strerror or error)
+            raise Unavailable(
+                "The server can't start an image decoder right now; its log says why. Try again later.",
+                retry_after_s=_RETRY_S,
+            ) from None
         worker = cls(process)
         try:
             await asyncio.wait_for(worker._answers.readexactly(ANSWER.size), _START_TIMEOUT_S)
@@ -166,7 +180,7 @@ class DecodePool:
         self._closed = False
 
     async def start(self) -> None:
-        """Starts all workers. Raises ServerFault when they don't start."""
+        """Starts all workers. Raises ServerFault or Unavailable when they don't start."""
         try:
             await asyncio.gather(*(self._add_worker() for _ in range(self._size)))
         except BaseException:

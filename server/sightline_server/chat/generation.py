@@ -188,7 +188,9 @@ def _error_of(arrival: _Arrival) -> ApiError | None:
         return None
     if arrival.reason is FinishReason.ABORTED:
         return Unavailable(
-            "The server ended this request while shutting down.", code="server_is_draining", retry_after_s=5.0
+            "The server ended this request while shutting down. Send it again when it is back.",
+            code="server_shutting_down",
+            retry_after_s=5.0,
         )
     return engine_failure(arrival) if arrival.reason is FinishReason.ERROR else None
 
@@ -203,8 +205,18 @@ def engine_failure(event: FinishEvent) -> ApiError:
                 code="engine_restarting",
                 retry_after_s=5.0,
             )
-        case "server_is_draining":
-            return Unavailable(message or "The server is shutting down.", code="server_is_draining", retry_after_s=5.0)
+        case "server_shutting_down":
+            return Unavailable(
+                message or "The server is shutting down. Send the request again when it is back.",
+                code="server_shutting_down",
+                retry_after_s=5.0,
+            )
+        case "request_crashed_engine":
+            return Unavailable(
+                message or "The engine stopped each time it worked on this request. Change it.",
+                code="request_crashed_engine",
+                should_retry=False,
+            )
         case "server_is_overloaded":
             return Unavailable(message or "The queue is full. Try again later.", retry_after_s=2.0)
         case "engine_oom":

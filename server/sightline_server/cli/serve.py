@@ -8,9 +8,9 @@ import argparse
 import asyncio
 import contextlib
 import gc
+import logging
 import os
 import signal
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -19,7 +19,7 @@ from sightline_models.config import CheckpointError
 from sightline_models.images import ImageError
 from sightline_models.presets import PRESETS, demo_checkpoint, write_preset
 from sightline_models.tokenizer import TokenizerError
-from sightline_server import logs
+from sightline_server import logs, scratch
 from sightline_server import settings as settings_table
 from sightline_server.app import create_app
 from sightline_server.auth.keyring import Keyring
@@ -38,8 +38,10 @@ from sightline_server.cli.lifetime import (
 from sightline_server.cli.terminal import complain
 from sightline_server.engine.client import EngineStartError
 from sightline_server.engine.fleet import make_engines
-from sightline_server.errors import ServerFault
+from sightline_server.errors import ApiError
 from sightline_server.settings import Settings, SettingsError
+
+log = logging.getLogger(__name__)
 
 DESCRIPTION = """\
 Serve a checkpoint folder over an OpenAI-compatible HTTP API; without MODEL_DIR, the bundled demo model. Each flag can
@@ -86,12 +88,14 @@ def run(args: argparse.Namespace) -> int:
     try:
         settings = settings_table.load(flags)
         logs.configure(settings)
+        for leftover in scratch.sweep():
+            log.info("%s is removed: a server that was killed left it behind.", leftover)
         with contextlib.ExitStack() as kept, asyncio.Runner(loop_factory=_loop_factory()) as runner:
             return runner.run(_serve(settings, _checkpoint_folder(settings, kept), kept))
     except SettingsError as error:
         complain(str(error))
         return 2
-    except (ServeError, CheckpointError, TokenizerError, ImageError, EngineStartError, ServerFault) as error:
+    except (ServeError, CheckpointError, TokenizerError, ImageError, EngineStartError, ApiError) as error:
         complain(str(error))
         return 1
 
@@ -109,7 +113,7 @@ def _checkpoint_folder(settings: Settings, kept: contextlib.ExitStack) -> Path:
     if settings.random:
         if settings.random not in PRESETS:
             raise SettingsError(f"--random must be one of {', '.join(PRESETS)}, not {settings.random!r}.")
-        folder = Path(kept.enter_context(tempfile.TemporaryDirectory(prefix="sightline-random-")))
+        folder = kept.enter_context(scratch.ScratchFolder("random"))
         write_preset(settings.random, folder)
         return folder
     if settings.model:

@@ -1,15 +1,15 @@
 """One engine process from its start to its death: spawned, spoken to over two sockets, watched, ended.
 
-Knows the process, the sockets and the silence that gives a hung process away. Knows nothing of requests, and never
+Knows the process, the sockets and the signs of a hung process. Knows nothing of requests, and never
 starts a second process: that is ``client.py``. Each child has its own sockets, so nothing late from a dead one can be
 taken for a word of the next.
 """
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -21,7 +21,8 @@ import zmq
 
 from sightline_models.images import Pixels
 from sightline_server.engine import wire
-from sightline_server.settings import ENV_PREFIX
+from sightline_server.scratch import ScratchFolder
+from sightline_server.settings import ENV_PREFIX, Settings
 
 # What only the process's start can set, for an engine on a CPU. The operator's own environment wins.
 ENGINE_ENVIRONMENT = {
@@ -32,19 +33,32 @@ ENGINE_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
 }
 
+FILES_TO_START = 32
+"""Most files that a start opens, on the way or for good."""
+
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Patience:
-    """How long a loaded engine process may say nothing, in seconds, before it counts as hung and is killed."""
+    """How long an engine process may go without a sign of life, in seconds, before it counts as hung and is killed."""
 
     silence_s: float = 10.0
-    """Without any message; a thread of its own beats once a second, so this means a stopped or wedged process."""
+    """Without any message once it is loaded; a thread of its own beats once a second."""
+    loading_silence_s: float = 300.0
+    """The same while it loads: libraries that hold up every thread come from slow disks then."""
+    stopped_s: float = 3.0
+    """Stopped by a signal (SIGSTOP), while the process that watches it runs."""
     cpu_step_s: float = 600.0
     """Within one step on a CPU, where the prompt of a large model takes minutes."""
     gpu_step_s: float = 120.0
     """Within one step on a GPU; the first one compiles kernels."""
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Patience":
+        if not settings.step_timeout_s:
+            return cls()
+        return cls(cpu_step_s=settings.step_timeout_s, gpu_step_s=settings.step_timeout_s)
 
 
 class ChildProcess:
@@ -56,7 +70,7 @@ class ChildProcess:
         context: zmq.Context[zmq.Socket[bytes]],
         commands: zmq.Socket[bytes],
         reports: zmq.Socket[bytes],
-        folder: Path,
+        folder: ScratchFolder,
         on_report: Callable[[wire.Report], None],
         patience: Patience,
     ) -> None:
@@ -64,12 +78,15 @@ class ChildProcess:
         self._context = context
         self._commands = commands
         self._reports = reports
-        self._folder: Path | None = folder
+        self._folder = folder
         self._on_report = on_report
         self._patience = patience
         self._step_limit_s = patience.cpu_step_s
+        self._loading = False
         self._loaded = False
+        self._beating = False
         self._reports_read = 0
+        self._killed = False
         self._closed = False
         self._watchdog = asyncio.create_task(self._watch(), name="engine watchdog")
         # The descriptor says "look again", not "here is a message": always read until there is none.
@@ -81,14 +98,15 @@ class ChildProcess:
         cls, on_report: Callable[[wire.Report], None], *, factory: str | None, patience: Patience
     ) -> "ChildProcess":
         """Starts the process; it says ``Hello`` once it is up. Raises OSError."""
-        folder = Path(tempfile.mkdtemp(prefix="sightline-"))
+        check_open_files(FILES_TO_START)
+        folder = ScratchFolder("sockets")
         context = zmq.Context[zmq.Socket[bytes]]()
         try:
             commands, reports = context.socket(zmq.PUSH), context.socket(zmq.PULL)
             # What is under way to the engine is bounded by the requests in flight: sending must never block the loop.
             commands.set_hwm(0)
-            reports.bind(f"ipc://{folder}/reports")
-            arguments = ["--commands", f"ipc://{folder}/commands", "--reports", f"ipc://{folder}/reports"]
+            reports.bind(f"ipc://{folder.path}/reports")
+            arguments = ["--commands", f"ipc://{folder.path}/commands", "--reports", f"ipc://{folder.path}/reports"]
             arguments += ["--parent", str(os.getpid())]
             if factory is not None:
                 arguments += ["--factory", factory]
@@ -102,9 +120,11 @@ class ChildProcess:
                 env=ENGINE_ENVIRONMENT
                 | {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)},
             )
-        except BaseException:
+        except BaseException as error:
             context.destroy(linger=0)
-            shutil.rmtree(folder, ignore_errors=True)
+            folder.remove()
+            if isinstance(error, zmq.ZMQError):
+                raise OSError(error.errno, error.strerror) from error
             raise
         return cls(process, context, commands, reports, folder, on_report, patience)
 
@@ -119,6 +139,7 @@ class ChildProcess:
         self._send(*wire.encode_pixels(request_id, digest, pixels))
 
     def kill(self) -> None:
+        self._killed = True
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
 
@@ -141,6 +162,8 @@ class ChildProcess:
             read_before = self._reports_read
             await asyncio.sleep(0.05)
         self._close()
+        if self._killed:
+            return "was hung and was killed"
         if status < 0:
             return f"was killed by {_signal_name(-status)}"
         return f"ended with status {status}"
@@ -172,32 +195,40 @@ class ChildProcess:
             case wire.Hello():
                 # The side that connects may send at once. One that binds loses what it sends before its peer is
                 # there, and a Hello that came over the other socket doesn't say that it is.
-                self._commands.connect(f"ipc://{self._folder}/commands")
+                self._commands.connect(f"ipc://{self._folder.path}/commands")
+            case wire.Progress():
+                self._loading = True
             case wire.Ready(info):
-                self._loaded = True
+                self._loading = self._loaded = True
                 self._step_limit_s = self._patience.gpu_step_s if info.on_gpu else self._patience.cpu_step_s
             case wire.Heartbeat(step_seconds):
-                if self._loaded:
-                    # All connections stand: nobody else can make one any more, and nothing is left to clean up.
-                    self._remove_folder()
+                self._beating = True
                 if step_seconds > self._step_limit_s:
                     log.error("The engine has been in one step for %.0f s; its process is killed.", step_seconds)
                     self.kill()
+        if self._loading and self._beating:
+            # All connections stand: nobody else can make one any more, and nothing is left to clean up.
+            self._folder.remove()
 
     async def _watch(self) -> None:
-        """Kills a loaded process that says nothing.
+        """Kills a process that says nothing, or is stopped.
 
-        Silence is counted in naps of this loop, not in time gone by: when this process was held up itself (a laptop
+        Both are counted in naps of this loop, not in time gone by: when this process was held up itself (a laptop
         asleep, Ctrl-Z), it must first look at what has come meanwhile.
         """
-        nap_s = min(1.0, self._patience.silence_s / 4)
-        silent_s = 0.0
-        while silent_s < self._patience.silence_s:
+        patience = self._patience
+        nap_s = min(1.0, patience.silence_s / 4, patience.stopped_s / 4)
+        silent_s = stopped_s = 0.0
+        while silent_s < (patience.silence_s if self._loaded else patience.loading_silence_s):
+            if stopped_s >= patience.stopped_s:
+                log.error("The engine process has been stopped by a signal for %.0f s; it is killed.", stopped_s)
+                break
             read_before = self._reports_read
             await asyncio.sleep(nap_s)
-            spoke = self._reports_read != read_before
-            silent_s = 0.0 if spoke or not self._loaded else silent_s + nap_s
-        log.error("The engine process has been silent for %.0f s; it is killed.", silent_s)
+            silent_s = 0.0 if self._reports_read != read_before else silent_s + nap_s
+            stopped_s = stopped_s + nap_s if silent_s and is_stopped(self.pid) else 0.0
+        else:
+            log.error("The engine process has been silent for %.0f s; it is killed.", silent_s)
         self.kill()
 
     def _close(self) -> None:
@@ -205,13 +236,39 @@ class ChildProcess:
         self._watchdog.cancel()
         asyncio.get_running_loop().remove_reader(self._reports.fileno())
         self._context.destroy(linger=0)
-        self._remove_folder()
+        self._folder.remove()
 
-    def _remove_folder(self) -> None:
-        # Once only: the name may be somebody else's by the next time.
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
+
+def check_open_files(count: int) -> None:
+    """Raises OSError when ``count`` more files can't be opened. To be asked before libraries that don't say so: ZeroMQ
+    ends the whole process, uvloop finds no words."""
+    opened = []
+    try:
+        for _ in range(count):
+            opened.append(os.open(os.devnull, os.O_RDONLY))
+    finally:
+        for number in opened:
+            os.close(number)
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a signal has stopped the process; False where the system doesn't say. A debugger's stop is none."""
+    try:
+        # The name before the state may hold anything but ends with the last parenthesis.
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"T"
+    except (OSError, IndexError):
+        return False
+
+
+def advice(how: str) -> str:
+    """What an operator may do about a process that ended so; empty when nothing is known."""
+    if os.strerror(errno.EMFILE) in how or os.strerror(errno.ENFILE) in how:
+        return " Allow this server more open files (ulimit -n), or fewer connections."
+    if os.strerror(errno.ENOSPC) in how:
+        return f" Free some room in {tempfile.gettempdir()}, or give another folder as TMPDIR."
+    if "SIGKILL" in how:
+        return " A process killed so has often run out of memory: the system's log says, and a smaller cache may help."
+    return ""
 
 
 def _signal_name(number: int) -> str:

@@ -1,22 +1,27 @@
 """The API process's view of the engine: submit a request, read its events, whatever becomes of the process behind.
 
-Supervises that process: starts it, ends every request with one named reason when it dies, and starts it again. Knows
-requests and events. Knows no torch, no HTTP and no text.
+Supervises that process: starts it, and when it dies starts it again with the requests that had not begun; the others
+end with one named reason. Knows requests and events. Knows no torch, no HTTP and no text.
 """
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import dataclass, field
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import msgspec
 
-from sightline_models.images import ImageError, Pixels
+from sightline_models.images import ImageError
 from sightline_server import settings as settings_table
 from sightline_server.engine import wire
-from sightline_server.engine.child import ChildProcess, Patience
+from sightline_server.engine.child import ChildProcess, Patience, advice
+from sightline_server.engine.flights import Flight, Flights
+from sightline_server.engine.flights import PixelSource as PixelSource
+from sightline_server.engine.suspects import Suspects
 from sightline_server.engine.types import (
     EngineInfo,
     EngineStats,
@@ -25,7 +30,6 @@ from sightline_server.engine.types import (
     PixelsWanted,
     Request,
     TokenEvent,
-    Usage,
 )
 from sightline_server.errors import ApiError, Unavailable
 from sightline_server.logs import frames
@@ -33,12 +37,21 @@ from sightline_server.settings import Settings
 
 log = logging.getLogger(__name__)
 
-PixelSource = Callable[[bytes], Awaitable[Pixels]]
-"""digest -> uint8 [height, width, 3]; raises ImageError."""
-
 OVERLOADED_RETRY_S = 2.0
 LONGEST_RETRY_S = 60.0
 STOP_GRACE_S = 3.0
+
+LOST = "The engine stopped in the middle of this request and is restarting. Send the request again."
+NOT_BACK = "The engine stopped and was not back in time for this request. Send it again later."
+TWICE = (
+    "The engine stopped twice while it worked on this request, so the request isn't tried again. Change it; the "
+    "server's log says how the engine ended."
+)
+GUILTY = (
+    "The engine stopped each time it worked on this request, so the request isn't tried again for some minutes. "
+    "Change it; the server's log says how the engine ended."
+)
+SHUTTING_DOWN = "The server is shutting down. Send the request again when it is back."
 
 
 class EngineStartError(RuntimeError):
@@ -77,7 +90,7 @@ class EngineClient(Protocol):
     def submit(self, request: Request, pixels: PixelSource) -> AsyncGenerator[TokenEvent | FinishEvent, None]:
         """The request's events; ends after exactly one FinishEvent. Closing it early aborts the request.
 
-        Raises Unavailable when the engine isn't ready or its queue is full.
+        Raises Unavailable when the engine isn't ready, its queue is full, or this request has crashed it before.
         """
 
     def abort(self, request_id: str) -> None: ...
@@ -89,30 +102,12 @@ class RestartPolicy:
 
     unit_s: float = 1.0
     longest_s: float = 30.0
-    healthy_s: float = 60.0
-    """A process that was ready for this long starts the count afresh."""
+    healthy_s: float = 2.0
+    """A process that was ready for this long starts the count afresh: what crashes it later is found by other means."""
 
     def delay_s(self, deaths: int) -> float:
         """Seconds to wait after the ``deaths``-th death in a row."""
         return 0.0 if deaths <= 1 else min(self.longest_s, self.unit_s * 2.0 ** min(deaths - 2, 32))
-
-
-@dataclass(eq=False)
-class _Flight:
-    """A request between submit and its FinishEvent."""
-
-    request: Request
-    pixels: PixelSource
-    # Holds at most the request's max_tokens events and the end: what bounds the answer bounds the queue.
-    events: asyncio.Queue[TokenEvent | FinishEvent] = field(default_factory=asyncio.Queue)
-    tokens: int = 0
-    abort_sent: bool = False
-    errands: set[asyncio.Task[None]] = field(default_factory=set)
-
-    def lost(self, code: str, message: str) -> FinishEvent:
-        prompt = self.request.prompt
-        usage = Usage(len(prompt.token_ids), self.tokens, 0, prompt.num_image_tokens)
-        return FinishEvent(self.request.id, FinishReason.ERROR, usage, code, message)
 
 
 class EngineProcess(EngineClient):
@@ -141,10 +136,11 @@ class EngineProcess(EngineClient):
         self._on_progress = on_progress
         self._factory = factory
         self._policy = policy or RestartPolicy()
-        self._patience = patience or Patience()
+        self._patience = patience or Patience.of(settings)
         self._child: ChildProcess | None = None
         self._supervisor: asyncio.Task[None] | None = None
-        self._flights: dict[str, _Flight] = {}
+        self._flights = Flights(Suspects(time.monotonic))
+        self._not_back: asyncio.TimerHandle | None = None
         self._ready = False
         self._ready_at: float | None = None
         self._settled = asyncio.Event()
@@ -194,8 +190,9 @@ class EngineProcess(EngineClient):
         """Ends the process; requests still in flight end with an error. May be called at any time, also twice."""
         self._closing = True
         self._ready = False
+        self._stop_waiting()
         self._fail("The engine was stopped.")
-        self._end_flights("server_is_draining", "The server is shutting down. Send the request again when it is back.")
+        self._end_flights("server_shutting_down", SHUTTING_DOWN)
         if self._child is not None:
             await self._child.stop(STOP_GRACE_S)
         if self._supervisor is not None:
@@ -205,11 +202,12 @@ class EngineProcess(EngineClient):
             await asyncio.wait([self._supervisor])
 
     async def submit(self, request: Request, pixels: PixelSource) -> AsyncGenerator[TokenEvent | FinishEvent, None]:
-        child = self._accepting_child()
-        assert request.id not in self._flights, f"request {request.id} is in flight already"
-        flight = self._flights[request.id] = _Flight(request, pixels)
-        child.send(wire.Add(request))
-        self._adds_sent += 1
+        self._check_room()
+        flight = self._flights.hold(request, pixels)
+        if self._flights.suspects.is_guilty(flight.fingerprint):
+            self._flights.land(request.id)
+            raise Unavailable(GUILTY, code="request_crashed_engine", should_retry=False)
+        self._board()
         try:
             while True:
                 event = await flight.events.get()
@@ -218,16 +216,29 @@ class EngineProcess(EngineClient):
                     return
         finally:
             self.abort(request.id)
-            self._land(request.id)
+            self._flights.leave(request.id)
+            self._board()
 
     def abort(self, request_id: str) -> None:
         """Asks for the request's end; its FinishEvent follows. Nothing happens for one that has ended."""
         flight = self._flights.get(request_id)
-        if flight is not None and not flight.abort_sent and self._child is not None:
+        if flight is None or flight.abort_sent:
+            return
+        if self._flights.is_held(request_id):
+            self._flights.land(request_id)
+            flight.end(FinishReason.ABORTED)
+        elif self._child is not None:
             flight.abort_sent = True
             self._child.send(wire.Abort(request_id))
 
-    def _accepting_child(self) -> ChildProcess:
+    def _board(self) -> None:
+        """Sends the process what it may have by now."""
+        if self._ready and self._child is not None:
+            for flight in self._flights.board():
+                self._child.send(wire.Add(flight.request))
+                self._adds_sent += 1
+
+    def _check_room(self) -> None:
         if not self._ready or self._child is None:
             if self._info is None:
                 raise Unavailable(
@@ -241,10 +252,9 @@ class EngineProcess(EngineClient):
                 code="engine_restarting",
                 retry_after_s=min(wait_s, LONGEST_RETRY_S),
             )
-        waiting = self._stats.waiting + self._adds_sent - self._adds_taken
+        waiting = self._stats.waiting + self._adds_sent - self._adds_taken + self._flights.num_held
         if waiting >= self._settings.max_queue:
             raise queue_is_full(self._settings.max_queue)
-        return self._child
 
     # What the process reports
 
@@ -257,6 +267,8 @@ class EngineProcess(EngineClient):
                 self._adds_taken = adds_taken
                 for event in events:
                     self._deliver(event)
+                if self._flights.num_held:
+                    self._board()
             case wire.Hello():
                 assert self._child is not None
                 # What was checked once isn't checked again while requests wait for the engine to come back.
@@ -273,6 +285,8 @@ class EngineProcess(EngineClient):
                 self._ready = True
                 self._ready_at = asyncio.get_running_loop().time()
                 self._settled.set()
+                self._stop_waiting()
+                self._board()
             case wire.StartFailed(message):
                 if self._info is None:
                     self._fail(message)
@@ -282,14 +296,18 @@ class EngineProcess(EngineClient):
     def _deliver(self, event: TokenEvent | FinishEvent | PixelsWanted) -> None:
         flight = self._flights.get(event.request_id)
         if flight is None:
-            # The client left, and the abort crossed this event on its way.
             return
         match event:
-            case TokenEvent():
-                flight.tokens += 1
+            case FinishEvent(reason=reason):
+                self._flights.land(event.request_id)
+                if reason in (FinishReason.STOP, FinishReason.LENGTH):
+                    self._flights.suspects.clear(flight.fingerprint)
                 flight.events.put_nowait(event)
-            case FinishEvent():
-                self._land(event.request_id)
+            case _ if flight.left:
+                # The client left, and the abort crossed this event on its way.
+                return
+            case TokenEvent():
+                self._flights.note_token(flight)
                 flight.events.put_nowait(event)
             case PixelsWanted(_, digest):
                 assert self._child is not None
@@ -297,16 +315,31 @@ class EngineProcess(EngineClient):
                 flight.errands.add(errand)
                 errand.add_done_callback(flight.errands.discard)
 
-    def _land(self, request_id: str) -> None:
-        flight = self._flights.pop(request_id, None)
-        if flight is not None:
-            for errand in flight.errands:
-                errand.cancel()
+    def _carry_over(self) -> None:
+        """After a death: who can't go again ends now; who can, waits for the next process, for a while."""
+        lost, refused = self._flights.crash()
+        for flight in lost:
+            flight.end(FinishReason.ERROR, "engine_restarting", LOST)
+        for flight in refused:
+            log.error("Request %s is not tried again: the engine died twice while it had it.", flight.request.id)
+            flight.end(FinishReason.ERROR, "request_crashed_engine", TWICE)
+        if self._not_back is None:
+            # With no time to wait, before anybody else gets a turn.
+            wait_s = self._settings.restart_wait_s
+            give_up = partial(self._end_flights, "engine_restarting", NOT_BACK)
+            if wait_s == 0:
+                give_up()
+            else:
+                self._not_back = asyncio.get_running_loop().call_later(wait_s, give_up)
+
+    def _stop_waiting(self) -> None:
+        if self._not_back is not None:
+            self._not_back.cancel()
+            self._not_back = None
 
     def _end_flights(self, code: str, message: str) -> None:
-        for flight in list(self._flights.values()):
-            self._land(flight.request.id)
-            flight.events.put_nowait(flight.lost(code, message))
+        for flight in self._flights.take_all():
+            flight.end(FinishReason.ERROR, code, message)
 
     # The process's lives
 
@@ -335,7 +368,7 @@ class EngineProcess(EngineClient):
         try:
             self._child = await ChildProcess.spawn(self._on_report, factory=self._factory, patience=self._patience)
         except OSError as error:
-            how = f"could not be started ({error})"
+            how = f"could not be started ({error.strerror or error})"
         else:
             how = await self._child.died()
         self._child = None
@@ -344,15 +377,12 @@ class EngineProcess(EngineClient):
             return 0.0
         if self._info is None:
             # A process that told its reason before it ended has failed the start already.
-            self._fail(self._failure or f"The engine process {how} while it was loading the model.{_advice(how)}")
+            self._fail(self._failure or f"The engine process {how} while it was loading the model.{advice(how)}")
             return 0.0
-        log.error("The engine process %s.%s", how, _advice(how))
+        log.error("The engine process %s.%s", how, advice(how))
         self._settled.clear()
         self._past, self._stats = self._past + self._stats.totals, EngineStats()
-        self._end_flights(
-            "engine_restarting",
-            "The engine stopped in the middle of this request and is restarting. Send the request again.",
-        )
+        self._carry_over()
         return 0.0 if self._ready_at is None else asyncio.get_running_loop().time() - self._ready_at
 
     def _fail(self, message: str) -> None:
@@ -369,13 +399,7 @@ def queue_is_full(max_queue: int) -> Unavailable:
     )
 
 
-def _advice(how: str) -> str:
-    if "SIGKILL" in how:
-        return " A process killed so has often run out of memory: the system's log says, and a smaller cache may help."
-    return ""
-
-
-async def _fetch_pixels(child: ChildProcess, flight: _Flight, digest: bytes) -> None:
+async def _fetch_pixels(child: ChildProcess, flight: Flight, digest: bytes) -> None:
     """Sends the engine the pixels it wants, or the reason why there are none."""
     try:
         child.send_pixels(flight.request.id, digest, await flight.pixels(digest))

@@ -9,6 +9,7 @@ Synchronous and single-threaded. Knows no process, socket, clock or text; tests 
 """
 
 import logging
+from itertools import islice
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -274,7 +275,8 @@ class Engine:
         suspects = {piece.sequence.id: piece.sequence for flight in self._in_flight for piece in flight.plan.slices}
         if self._is_planning:
             # Some of those that wait were to be in it.
-            possible = (*self._scheduler.running, *self._scheduler.waiting[: self._config.max_running])
+            next_ones = islice(self._scheduler.waiting, self._config.max_running)
+            possible = (*self._scheduler.running, *next_ones)
             suspects |= {sequence.id: sequence for sequence in possible}
             self._is_planning = False
         for flight in self._in_flight:
