@@ -16,6 +16,7 @@ from hostile import flood, kills, picture_run, victims
 
 DEMO = "sightline-demo"
 PARTS = ("pictures", "requests", "victims", "kills")
+LEAST_ATTACK_S = 4
 FULL = {"pictures": 1_000_000, "requests": 100_000, "victims": 60, "kills": 300}
 """Pictures, requests, seconds under attack, kills."""
 
@@ -37,6 +38,7 @@ def torture_requests(count: int, seed: int) -> list[str]:
 
 
 def torture_victims(seconds: int, seed: int) -> list[str]:
+    seconds = max(seconds, LEAST_ATTACK_S)
     with server("--log-level", "warning") as started:
         return asyncio.run(victims.run(started.url.removesuffix("/v1"), started.pid, DEMO, seconds, seed))
 

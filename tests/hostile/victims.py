@@ -17,6 +17,8 @@ from hostile.chats import chat_body, first_token_s
 from hostile.watch import holdings
 
 HEALTH_EVERY_S = 0.02
+JUDGED_S = 30
+"""Shorter runs are too few chats for a 99th percentile: they are only looked at."""
 HEALTH_P99_S = 0.25
 FIRST_TOKEN_RATIO = 2.0
 BOMB_S = 0.05
@@ -134,6 +136,8 @@ async def run(url: str, pid: int, model: str, seconds: float, seed: int) -> list
         for cost in costs
         if cost.median_s > BOMB_S or cost.grown > BOMB_BYTES
     ]
+    if seconds < JUDGED_S:
+        return problems
     if _p99(during.health) > HEALTH_P99_S:
         problems.append(f"/health took {_p99(during.health) * 1e3:.0f} ms at p99 under attack")
     if _p99(during.first_tokens) > FIRST_TOKEN_RATIO * _p99(before.first_tokens):

@@ -9,9 +9,9 @@ Synchronous and single-threaded. Knows no process, socket, clock or text; tests 
 """
 
 import logging
-from itertools import islice
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import islice
 
 from sightline_models.images import Pixels
 from sightline_server.engine import admission
