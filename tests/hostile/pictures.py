@@ -13,10 +13,23 @@ from functools import cache
 from hostile.flat_jpegs import flat_jpeg
 from PIL import Image
 
+from sightline_models.config import Normalization
 from sightline_models.image_files import decode_image
 from sightline_models.image_header import ImageError
+from sightline_models.images import PreprocessConfig, prepare
 
 MAX_PIXELS = 1_000_000
+SIDE = 96
+PREPROCESS = PreprocessConfig(
+    pad_color=None,
+    shortest_edge=SIDE,
+    resize=None,
+    resample=Image.Resampling.BICUBIC,
+    crop=(SIDE, SIDE),
+    normalization=Normalization((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 1 / 255),
+    num_tokens=16,
+)
+"""As CLIP's, and smaller: what a decode worker does to a picture, from its bytes to the engine's pixels."""
 EXTREMES = (0, 1, 2, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 _PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -25,9 +38,11 @@ def check_picture(data: bytes) -> str:
     """``decoded``, or the code of the ImageError. Everything else that comes of it is raised."""
     try:
         made = decode_image(data, max_pixels=MAX_PIXELS)
+        prepared = prepare(made, PREPROCESS)
     except ImageError as error:
         _check_sentence(error.message)
         return error.code
+    assert prepared.pixels.shape == (SIDE, SIDE, 3), prepared.pixels.shape
     assert made.mode == "RGB", made.mode
     assert 0 < made.width * made.height <= MAX_PIXELS, made.size
     assert len(made.tobytes()) == 3 * made.width * made.height
