@@ -104,6 +104,7 @@ def test_only_what_changes_the_computation_makes_another_fingerprint() -> None:
 
     assert fingerprint(one) == fingerprint(request("b", tokens=(1, 2), images=(b"x",)))
     assert fingerprint(one) == with_sampling(seed=5) == with_sampling(choice=3)
+    assert with_sampling(logit_bias={5: 1.0, 2: 3.0}) == with_sampling(logit_bias={2: 3.0, 5: 1.0}) != fingerprint(one)
     others = {
         fingerprint(request("a", tokens=(1, 3), images=(b"x",))),
         fingerprint(request("a", tokens=(1, 2), images=(b"y",))),

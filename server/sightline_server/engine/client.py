@@ -204,7 +204,7 @@ class EngineProcess(EngineClient):
     async def submit(self, request: Request, pixels: PixelSource) -> AsyncGenerator[TokenEvent | FinishEvent, None]:
         self._check_room()
         flight = self._flights.hold(request, pixels)
-        if self._flights.suspects.is_guilty(flight.fingerprint):
+        if self._flights.suspects and self._flights.suspects.is_guilty(flight.fingerprint):
             self._flights.land(request.id)
             raise Unavailable(GUILTY, code="request_crashed_engine", should_retry=False)
         self._board()
@@ -300,7 +300,7 @@ class EngineProcess(EngineClient):
         match event:
             case FinishEvent(reason=reason):
                 self._flights.land(event.request_id)
-                if reason in (FinishReason.STOP, FinishReason.LENGTH):
+                if self._flights.suspects and reason in (FinishReason.STOP, FinishReason.LENGTH):
                     self._flights.suspects.clear(flight.fingerprint)
                 flight.events.put_nowait(event)
             case _ if flight.left:

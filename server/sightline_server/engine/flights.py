@@ -8,6 +8,7 @@ import asyncio
 import enum
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from sightline_models.images import Pixels
 from sightline_server.engine.suspects import Suspects, fingerprint
@@ -40,8 +41,9 @@ class Flight:
     """Whether nobody reads its events any more."""
     errands: set[asyncio.Task[None]] = field(default_factory=set)
 
-    def __post_init__(self) -> None:
-        self.fingerprint = fingerprint(self.request)
+    @cached_property
+    def fingerprint(self) -> bytes:
+        return fingerprint(self.request)
 
     def end(self, reason: FinishReason, code: str | None = None, message: str | None = None) -> None:
         """Gives the caller the end that no engine will tell."""
@@ -88,7 +90,7 @@ class Flights:
         boarding = []
         while self._held and not any(flight.probation is not Probation.NONE for flight in self._aboard.values()):
             flight = next(iter(self._held.values()))
-            crashes = self.suspects.crashes(flight.fingerprint)
+            crashes = self.suspects.crashes(flight.fingerprint) if self.suspects else 0
             if crashes and any(other.tokens == 0 for other in self._aboard.values()):
                 break
             if crashes > 1 and self._aboard:

@@ -20,9 +20,11 @@ MEMORY_ENTRIES = 1024
 def fingerprint(request: Request) -> bytes:
     """32 bytes, equal for requests that ask for the same computation: prompt, pictures, parameters and tenant, but
     neither seed nor choice, which a client that tries again may not have in its hands."""
-    sampling = msgspec.structs.replace(request.sampling, seed=0, choice=0)
-    parts = (request.prompt, sampling, request.cache_salt)
-    return hashlib.sha256(msgspec.msgpack.encode(parts, order="deterministic")).digest()
+    sampling = msgspec.structs.replace(request.sampling, seed=0, choice=0, logit_bias={})
+    # Keys that are numbers are not put in order by msgspec.
+    bias = sorted(request.sampling.logit_bias.items())
+    parts = (request.prompt, sampling, bias, request.cache_salt)
+    return hashlib.sha256(msgspec.msgpack.encode(parts)).digest()
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,10 @@ class Suspects:
         """``clock`` gives seconds and never goes back."""
         self._clock = clock
         self._records: OrderedDict[bytes, _Record] = OrderedDict()
+
+    def __bool__(self) -> bool:
+        """Whether any is remembered."""
+        return bool(self._records)
 
     def note_crash(self, blamed: Collection[bytes], *, alone: bool) -> None:
         """The engine died, and each of ``blamed`` may have been why; ``alone``: it had nothing else to do."""
