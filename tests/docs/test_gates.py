@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 PACKAGES = ("server/sightline_server", "models/sightline_models", "kernels/sightline_kernels")
-SMALL = ("server/sightline_server/settings.py", "server/sightline_server/errors.py")
+SMALL = tuple(f"server/sightline_server/{name}.py" for name in ("settings", "setting_rows", "errors"))
 
 
 @pytest.fixture

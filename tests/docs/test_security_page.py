@@ -10,7 +10,7 @@ SCOPE = {
     "O": range(1, 15),
     "E": (*range(1, 6), *range(10, 16)),
     "K": (*range(1, 6), *range(9, 15)),
-    "P": range(1, 4),
+    "P": range(1, 5),
 }
 """The groups of threats that what is built so far can meet."""
 

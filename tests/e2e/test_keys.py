@@ -108,7 +108,7 @@ def test_K10_a_line_stays_a_line(keyed: KeyedServer) -> None:
         assert answer.status_code in (400, 404)
         assert len(answer.text) < 2000
     with httpx.Client(base_url=keyed.server.url, headers=bearer(keyed.ann)) as client:
-        for path in ("/v1/%1b%5b2J%0d%0aforged%e2%80%ae", "/v1/models/" + "x" * 20_000, "/a%20status%3d200"):
+        for path in ("/v1/%1b%5b2J%0d%0aforged%e2%80%ae", "/v1/models/" + "x" * 5_000, "/a%20status%3d200"):
             assert client.get(path, headers={"User-Agent": '" status=200 ' + "u" * 10_000}).status_code == 404
     lines = keyed.server.stderr.splitlines()[before:]
     access = [line for line in map(json.loads, lines) if line["logger"] == "sightline_server.access"]

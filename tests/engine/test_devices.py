@@ -16,6 +16,7 @@ from sightline_models.tiny import write_checkpoint
 from sightline_models.vlm import Vlm
 from sightline_models.weights import load_vlm
 from sightline_server.engine.load import use_device
+from sightline_server.engine.transfer import Arriving
 from sightline_server.engine.types import FinishReason, Request
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -166,12 +167,11 @@ def test_a_step_waits_for_its_tokens_alone(
     model.build_tables()
     waits = []
 
-    def tolist(tokens: torch.Tensor) -> list[int]:
-        assert tokens.device.type == "meta"
-        waits.append(tokens.shape)
-        return [9] * len(tokens)
+    def wait(arriving: Arriving) -> list[torch.Tensor]:
+        waits.append(arriving)
+        return [torch.full(value.shape, 9, dtype=value.dtype, device="cpu") for value in arriving._values]
 
-    monkeypatch.setattr(torch.Tensor, "tolist", tolist)
+    monkeypatch.setattr(Arriving, "wait", wait)
     album, engine = Album(), make_engine(model, device="meta", max_step_tokens=48, overlap=overlap, graphs=graphs)
     requests = [
         *mixed_requests(model, album),

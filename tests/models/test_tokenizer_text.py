@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from text_checkpoints import KINDS, tokenizer_json, write_text_checkpoint
 from tokenizers import Tokenizer
 
-from sightline_models.config import read_config
+from sightline_models.config import CheckpointError, read_config
 from sightline_models.tokenizer import ChatTokenizer, TokenizerError
 
 SAMPLES = [
@@ -146,5 +146,5 @@ def test_tokenizer_files_we_cannot_use_are_refused_by_name(tmp_path: Path) -> No
     with pytest.raises(TokenizerError, match="image token 4"):
         edited(tmp_path, added_tokens=[])
     (tmp_path / "tokenizer.json").write_text("[]")
-    with pytest.raises(TokenizerError, match=r"tokenizer\.json is no JSON object"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json must hold a JSON object"):
         ChatTokenizer.load(tmp_path, read_config(tmp_path))

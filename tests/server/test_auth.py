@@ -48,8 +48,8 @@ async def asked(app: FastAPI, method: str, target: str) -> tuple[int, dict[str, 
         "path": unquote(path),
         "raw_path": path.encode(),
         "query_string": query.encode(),
-        "headers": [(b"host", b"server")],
-        "server": ("server", 80),
+        "headers": [(b"host", b"localhost")],
+        "server": ("localhost", 80),
         "client": ("127.0.0.1", 1),
     }
     sent: list[Any] = []

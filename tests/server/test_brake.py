@@ -14,7 +14,7 @@ DELAY_S = 0.2
 
 
 def client(app: FastAPI, address: str) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app, client=(address, 1)), base_url="http://server")
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app, client=(address, 1)), base_url="http://localhost")
 
 
 async def timed(http: httpx.AsyncClient, **fields: object) -> tuple[int, float]:

@@ -223,7 +223,7 @@ async def test_I16_a_body_that_is_announced_too_large_is_refused_before_it_is_re
         sent.append(message)
 
     limit = 2**20
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"62914560"), (b"host", b"server")]
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"62914560"), (b"host", b"localhost")]
     scope = {"type": "http", "method": "POST", "path": CHAT, "raw_path": CHAT.encode(), "query_string": b""}
     scope |= {"headers": headers, "http_version": "1.1", "scheme": "http", "server": ("server", 80), "root_path": ""}
     await asyncio.wait_for(fake_app(max_body_mb=1)(scope, receive, send), 30)

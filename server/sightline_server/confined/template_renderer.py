@@ -29,7 +29,7 @@ RENDER_S = 10.0
 """Of time that a rendering may take, on a machine however busy."""
 _START_S = 30.0
 _MEMORY_MB = 512
-# One for each thread that makes prompts; they are started when they are needed.
+# One for each thread that makes prompts.
 _PROCESSES = 2
 _ATTEMPTS = 2
 # A span of one character takes this many at most, written as JSON.
@@ -132,13 +132,12 @@ class TemplateRenderer:
             "control_tokens": sorted(control_tokens),
         }
         self._children: set[_Child] = set()
-        # None stands for a process that has to be started first.
+        # None stands for a process that has to be started again.
         self._idle: queue.LifoQueue[_Child | None] = queue.LifoQueue()
-        for _ in range(_PROCESSES - 1):
-            self._idle.put(None)
         weakref.finalize(self, _end_all, self._children)
         try:
-            self._idle.put(self._start())
+            for _ in range(_PROCESSES):
+                self._idle.put(self._start())
         except (_LostError, _TooSlowError):
             raise TokenizerError(
                 f"The chat template can't be compiled and tried within {CPU_S:g} seconds and {_MEMORY_MB} MiB. "
