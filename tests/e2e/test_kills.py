@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from hostile.kills import READY_S, SIGNALS, run
+from hostile.kills import READY_S, SIGNALS, TARGETS, run
 
 
 async def test_E4_whatever_dies_or_stops_under_load_every_request_ends_once_and_the_server_is_back(
@@ -16,10 +16,11 @@ async def test_E4_whatever_dies_or_stops_under_load_every_request_ends_once_and_
     server.wait_for("/ready", 200)
     # Test machines are shared: where a start takes long, so does the next one.
     ready_s = max(READY_S, 4 * (time.monotonic() - began))
-    rounds = await run(server.url, server.process.pid, "sightline-demo", 2 * len(SIGNALS), seed=4, ready_s=ready_s)
+    count = len(TARGETS) * len(SIGNALS)
+    rounds = await run(server.url, server.process.pid, "sightline-demo", count, seed=4, ready_s=ready_s)
     assert [problem for made in rounds for problem in made.problems] == []
     assert {(made.target, made.signal) for made in rounds} == {
-        (target, number) for target in ("engine.worker", "decode_worker") for number in SIGNALS
+        (target, number) for target in TARGETS for number in SIGNALS
     }
     ends = sum((made.ends for made in rounds), Counter[str]())
     assert sum(ends.values()) == 8 * len(rounds)

@@ -24,7 +24,7 @@ import psutil
 from PIL import Image
 
 CHATS = "/v1/chat/completions"
-ENGINE, DECODER = "engine.worker", "decode_worker"
+TARGETS = ENGINE, DECODER, TEMPLATER = "engine.worker", "decode_worker", "template_worker"
 SIGNALS = (signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV, signal.SIGABRT)
 # How requests may end beside with their answer, when an engine dies under them.
 NAMED = {"engine_restarting", "engine_starting", "request_crashed_engine", "server_is_overloaded"}
@@ -132,7 +132,7 @@ class Killer:
         for child in self._server.children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
                 words = child.cmdline()
-                found += [(name, child) for name in (ENGINE, DECODER) if any(word.endswith(name) for word in words)]
+                found += [(name, child) for name in TARGETS if any(word.endswith(name) for word in words)]
         return found
 
     async def _whole_again(self, made: Round, victim: psutil.Process) -> None:
@@ -143,14 +143,14 @@ class Killer:
             if gone and (await self._http.get("/ready")).status_code == 200 and self.processes() == self._shape:
                 return
             # One that has nothing to do is missed when it is needed.
-            if made.target == DECODER:
+            if made.target != ENGINE:
                 await self._probe()
             await asyncio.sleep(PAUSE_S)
         made.problems.append(f"never whole again: {dict(self.processes())} instead of {dict(self._shape)}")
 
     async def _probe(self) -> None:
-        """A new picture for each decoder."""
-        size = max(1, self.processes()[DECODER])
+        """A new picture for each decoder, and more prompts at once than are rendered at once."""
+        size = max(4, self.processes()[DECODER])
         await asyncio.gather(*(self._http.post(CHATS, json=self._picture_chat(max_tokens=1)) for _ in range(size)))
 
     def _picture_chat(self, **fields: Any) -> dict[str, Any]:
@@ -225,7 +225,7 @@ async def run(url: str, pid: int, model: str, rounds: int, seed: int = 0, ready_
     """
     limits = httpx.Limits(max_connections=None)
     draw = random.Random(seed)
-    choices = [(target, number) for target in (ENGINE, DECODER) for number in SIGNALS]
+    choices = [(target, number) for target in TARGETS for number in SIGNALS]
     made: list[Round] = []
     async with httpx.AsyncClient(base_url=url, timeout=ANSWER_S, limits=limits) as http:
         killer = Killer(http, pid, model, seed, ready_s)

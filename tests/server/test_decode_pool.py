@@ -157,6 +157,16 @@ async def test_I1_I5_refusals_keep_their_code_and_the_worker(pool: DecodePool) -
     assert pool.decoded_total == 0
 
 
+async def test_E4_a_stopped_worker_is_replaced_and_the_image_still_read(pool: DecodePool) -> None:
+    (pid,) = pool.worker_pids()
+    os.kill(pid, signal.SIGSTOP)
+    image = picture()
+    async with asyncio.timeout(15):
+        handle = await pool.read(png(image), salt=b"")
+    assert handle.pixels_count == image.width * image.height
+    assert pool.worker_pids() != [pid]
+
+
 async def test_a_worker_lost_once_is_replaced_and_the_image_still_read(pool: DecodePool) -> None:
     with workers_killed(pool, times=1) as killed:
         handle = await pool.read(slow_png())

@@ -21,7 +21,7 @@ import numpy as np
 
 from sightline_models.images import ImageError, Pixels, PreprocessConfig
 from sightline_server.chat.decode_worker import ANSWER, DECODED, REFUSED
-from sightline_server.confined.process import JOB, command, environment
+from sightline_server.confined.process import JOB, command, environment, is_stopped
 from sightline_server.engine.child import check_open_files
 from sightline_server.errors import ServerFault, Unavailable
 
@@ -33,6 +33,8 @@ _END_TIMEOUT_S = 1.0
 _ATTEMPTS = 2
 # By the clock, for each second of processor time: the machine may be busy with other things.
 _PATIENCE = 4
+# How often a worker that is at work is looked at: a signal may have stopped it.
+_LOOK_S = 0.5
 _RETRY_S = 5.0
 _FILES_TO_START = 12
 # Hashing this much takes about a millisecond; more is done off the event loop.
@@ -274,7 +276,8 @@ class DecodePool:
         healthy = False
         try:
             worker = worker or await self._start_worker()
-            made = await asyncio.wait_for(worker.decode(data), self._timeout_s * _PATIENCE)
+            async with asyncio.timeout(self._timeout_s * _PATIENCE):
+                made = await _unless_stopped(worker, asyncio.create_task(worker.decode(data)))
             healthy = True
             return made
         except ImageError:
@@ -300,3 +303,15 @@ class DecodePool:
         worker = await _Worker.start(self._options)
         self._workers.add(worker)
         return worker
+
+
+async def _unless_stopped(worker: _Worker, decoding: asyncio.Task[_Decoded]) -> _Decoded:
+    """The result of ``decoding``. Raises _WorkerLost when a signal has stopped the worker's process."""
+    try:
+        while not decoding.done():
+            await asyncio.wait([decoding], timeout=_LOOK_S)
+            if not decoding.done() and is_stopped(worker.process.pid):
+                raise _WorkerLost
+        return decoding.result()
+    finally:
+        decoding.cancel()

@@ -1,4 +1,4 @@
-"""How a program that is given strangers' files is started, and how it confines itself.
+"""How a program that is given strangers' files is started, how it confines itself, and whether it was stopped.
 
 Knows processes, limits and the header of a job. Knows no pictures and no templates; imports the standard library alone.
 """
@@ -9,6 +9,7 @@ import resource
 import signal
 import struct
 import sys
+from pathlib import Path
 
 JOB = struct.Struct("<Q")
 """Length of what follows."""
@@ -60,3 +61,12 @@ def limit_cpu(seconds: float) -> None:
     used = resource.getrusage(resource.RUSAGE_SELF)
     soft = int(used.ru_utime + used.ru_stime + seconds) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a signal has stopped the process; False where the system doesn't say. A debugger's stop is none."""
+    try:
+        # The name before the state may hold anything but ends with the last parenthesis.
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"T"
+    except (OSError, IndexError):
+        return False

@@ -32,6 +32,8 @@ _MEMORY_MB = 512
 # One for each thread that makes prompts.
 _PROCESSES = 2
 _ATTEMPTS = 2
+# How often a process that is late is looked at: a signal may have stopped it.
+_LOOK_S = 0.5
 # A span of one character takes this many at most, written as JSON.
 _BYTES_PER_CHARACTER = 24
 
@@ -88,7 +90,7 @@ class _Child:
     def _write(self, data: bytes, deadline: float) -> None:
         left = memoryview(data)
         while left:
-            _wait(self._jobs.fileno(), select.POLLOUT, deadline)
+            self._wait(self._jobs.fileno(), select.POLLOUT, deadline)
             try:
                 left = left[os.write(self._jobs.fileno(), left) :]
             except BlockingIOError:
@@ -99,7 +101,7 @@ class _Child:
     def _read(self, length: int, deadline: float) -> bytes:
         chunks = []
         while length:
-            _wait(self._answers.fileno(), select.POLLIN, deadline)
+            self._wait(self._answers.fileno(), select.POLLIN, deadline)
             chunk = os.read(self._answers.fileno(), min(length, 1 << 20))
             if not chunk:
                 raise _LostError
@@ -107,12 +109,14 @@ class _Child:
             length -= len(chunk)
         return b"".join(chunks)
 
-
-def _wait(descriptor: int, event: int, deadline: float) -> None:
-    poll = select.poll()
-    poll.register(descriptor, event)
-    if not poll.poll(max(0.0, (deadline - time.monotonic()) * 1000)):
-        raise _TooSlowError
+    def _wait(self, descriptor: int, event: int, deadline: float) -> None:
+        poll = select.poll()
+        poll.register(descriptor, event)
+        while not poll.poll(_LOOK_S * 1000):
+            if process.is_stopped(self.process.pid):
+                raise _LostError
+            if time.monotonic() > deadline:
+                raise _TooSlowError
 
 
 class TemplateRenderer:

@@ -15,11 +15,11 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import zmq
 
 from sightline_models.images import Pixels
+from sightline_server.confined.process import is_stopped
 from sightline_server.engine import wire
 from sightline_server.scratch import ScratchFolder
 from sightline_server.settings import ENV_PREFIX, Settings
@@ -249,15 +249,6 @@ def check_open_files(count: int) -> None:
     finally:
         for number in opened:
             os.close(number)
-
-
-def is_stopped(pid: int) -> bool:
-    """Whether a signal has stopped the process; False where the system doesn't say. A debugger's stop is none."""
-    try:
-        # The name before the state may hold anything but ends with the last parenthesis.
-        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"T"
-    except (OSError, IndexError):
-        return False
 
 
 def advice(how: str) -> str:
