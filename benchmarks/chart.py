@@ -23,6 +23,7 @@ DARK = {"paper": "#12181f", "ink": "#e5ebf1", "soft": "#9aa7b4", "grid": "#232c3
 COLOURS = {
     "ours": ("#1663c7", "#6cabff"),
     "ours-int8": ("#0b8a74", "#45d3b6"),
+    "ours-defaults": ("#5b4bc4", "#aaa0ff"),
     "ours-deterministic": ("#1663c7", "#6cabff"),
     "transformers": ("#c2550f", "#ffa062"),
     "transformers-defaults": ("#93815f", "#bfae8a"),

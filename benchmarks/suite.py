@@ -33,6 +33,7 @@ from benchmarks.systems import (
     choose,
     llamas,
     ours,
+    ours_defaults,
     ours_deterministic,
     ours_int8,
     transformers_defaults,
@@ -128,6 +129,7 @@ class Comparison:
         self._reference = gate.ask_reference(folder, kinds)
         chosen = self._choose(base)
         self._choose(int8)
+        self._choose(ours_defaults(folder, self._plan.serve_flags))
         if chosen.best is None:
             self._say("[bold red]Sightline failed the gate: nothing is compared[/]")
             return []

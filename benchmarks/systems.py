@@ -24,7 +24,7 @@ DEFAULT = "default"
 TWO_ENGINES = "2 engines"
 """Ours with ``--engines 2``, which divide the cores: another choice of threads."""
 OUR_THREADS = (DEFAULT, "1", TWO_ENGINES)
-INT8, DETERMINISTIC = "ours-int8", "ours-deterministic"
+INT8, DEFAULTS, DETERMINISTIC = "ours-int8", "ours-defaults", "ours-deterministic"
 
 Start = Callable[[str, str], AbstractContextManager[Server]]
 """A server, from a setting (a precision or a file's name) and a choice of threads."""
@@ -147,6 +147,17 @@ def ours_int8(folder: Path, serve_flags: Sequence[str]) -> System:
         PRECISIONS,
         threads=OUR_THREADS,
         quantize="int8",
+        gated=True,
+    )
+
+
+def ours_defaults(folder: Path, serve_flags: Sequence[str]) -> System:
+    """Without a flag about speed: what competes was chosen at 32 streams, and a few may be served best by less."""
+    return System(
+        DEFAULTS,
+        "Sightline, its defaults",
+        _sightline(folder, serve_flags),
+        PRECISIONS[:1],
         gated=True,
     )
 
