@@ -15,6 +15,8 @@ from sightline_models.checkpoint_folder import CheckpointError
 # The format's own bound.
 _MAX_HEADER_BYTES = 100_000_000
 _METADATA = "__metadata__"
+# Their product is computed; no tensor of a model has more than five.
+_MAX_DIMENSIONS = 8
 _ITEM_BYTES: Mapping[str, int] = {
     "F64": 8,
     "F32": 4,
@@ -112,6 +114,7 @@ def _place(file: Path, name: str, value: Any) -> tuple[int, int, TensorEntry]:
             len(value) == 3
             and isinstance(dtype, str)
             and isinstance(shape, list)
+            and len(shape) <= _MAX_DIMENSIONS
             and all(type(number) is int and 0 <= number < 1 << 63 for number in numbers)
         )
     except (KeyError, TypeError, ValueError):

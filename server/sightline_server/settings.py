@@ -257,6 +257,9 @@ class Settings:
         return tuple(name.strip() for name in self.device.split(","))
 
 
+_LOCKS = frozenset({"api_key", "api_key_file", "keys_file"})
+
+
 def rows() -> tuple[Row, ...]:
     """All settings, in the order of the table."""
     return rows_of(Settings)
@@ -285,6 +288,9 @@ def load(flags: Mapping[str, str | Sequence[str]], environ: Mapping[str, str] | 
             values[row.name] = tuple(v for part in parsed for v in part) if row.many else parsed[-1]
         elif environ.get(row.env):
             values[row.name] = row.parse(environ[row.env], row.env)
+        if row.name in _LOCKS and (row.name in flags or row.env in environ) and not values.get(row.name):
+            source = row.flag if row.name in flags else row.env
+            raise SettingsError(f"{source} is empty, which would leave the server open. Give a value, or leave it out.")
     settings = Settings(**values)
     _check_together(settings)
     return settings

@@ -157,6 +157,22 @@ async def test_I1_I5_refusals_keep_their_code_and_the_worker(pool: DecodePool) -
     assert pool.decoded_total == 0
 
 
+async def test_O5_a_picture_that_nobody_waits_for_any_more_is_not_decoded(pool: DecodePool) -> None:
+    first = asyncio.create_task(pool.read(slow_png(), salt=b""))
+    await asyncio.sleep(0.05)
+    left, stays = (asyncio.create_task(pool.read(png(picture(seed)), salt=b"")) for seed in (1, 2))
+    also = asyncio.create_task(pool.read(png(picture(2)), salt=b""))
+    await asyncio.sleep(0.05)
+    left.cancel()
+    also.cancel()
+    await asyncio.gather(first, stays)
+    await asyncio.sleep(0.1)
+    assert pool.decoded_total == 2, "one that another waits for is decoded all the same"
+    assert pool._waiters == pool._running == {}
+    assert (await pool.read(png(picture(1)), salt=b"")).num_tokens
+    assert pool.decoded_total == 3
+
+
 async def test_E4_a_stopped_worker_is_replaced_and_the_image_still_read(pool: DecodePool) -> None:
     (pid,) = pool.worker_pids()
     os.kill(pid, signal.SIGSTOP)

@@ -309,15 +309,17 @@ def test_O3_one_address_cannot_take_all_places() -> None:
     def connect(source: str) -> socket.socket:
         return socket.create_connection((host, port), timeout=8, source_address=(source, 0))
 
-    with server(max_connections_per_address=5) as (host, port), ExitStack() as open_ones:
-        for _ in range(400):
+    with server(max_connections=20, max_connections_per_address=5) as (host, port), ExitStack() as open_ones:
+        for _ in range(5):
             open_ones.enter_context(connect("127.0.0.2"))
-        assert exchange((host, port), head()).status == 200, "another address is served"
         with connect("127.0.0.2") as late:
             late.sendall(head())
             answer = late.recv(4096)
-        assert answer.startswith(b"HTTP/1.1 503")
-        assert b"from your address" in answer
+        for _ in range(400):
+            open_ones.enter_context(connect("127.0.0.2"))
+        assert exchange((host, port), head()).status == 200, "another address is served: the refused take no place"
+    assert answer.startswith(b"HTTP/1.1 503")
+    assert b"from your address" in answer
 
 
 def test_O3_a_refusal_is_logged_once_without_its_bytes(caplog: pytest.LogCaptureFixture) -> None:

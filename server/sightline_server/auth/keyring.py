@@ -103,7 +103,12 @@ def plain_keys(settings: Settings) -> tuple[str, ...]:
     """The keys that stand in the settings and in ``--api-key-file``. Raises SettingsError."""
     keys = list(settings.api_key)
     if settings.api_key_file:
-        lines = Path(settings.api_key_file).read_text("utf-8").splitlines()
+        try:
+            lines = Path(settings.api_key_file).read_text("utf-8").splitlines()
+        except (OSError, UnicodeDecodeError):
+            raise SettingsError(
+                f"--api-key-file {settings.api_key_file!r} can't be read as text. Check its owner and mode."
+            ) from None
         found = [line.partition("#")[0].strip() for line in lines]
         keys += [key for key in found if key]
         if not any(found):

@@ -196,6 +196,10 @@ def _replace(path: Path, text: str) -> None:
     # mkstemp gives mode 0600.
     handle, made = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
+        with contextlib.suppress(FileNotFoundError):
+            # An administrator may write for the server's own user.
+            before = path.stat()
+            os.fchown(handle, before.st_uid, before.st_gid)
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()

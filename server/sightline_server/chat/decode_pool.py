@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import signal
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -176,6 +176,8 @@ class DecodePool:
         )
         self._memo: OrderedDict[bytes, _Facts] = OrderedDict()
         self._running: dict[bytes, asyncio.Task[_Decoded]] = {}
+        self._waiters: Counter[bytes] = Counter()
+        self._at_work: set[bytes] = set()
         self._workers: set[_Worker] = set()
         # None stands for a worker that has to be started first.
         self._idle: asyncio.LifoQueue[_Worker | None] = asyncio.LifoQueue()
@@ -239,16 +241,24 @@ class DecodePool:
             raise ServerFault("The image decoders have been stopped.")
         task = self._running.get(key)
         if task is None:
-            task = asyncio.create_task(self._decode(data))
+            task = asyncio.create_task(self._decode(key, data))
             self._running[key] = task
             task.add_done_callback(functools.partial(self._finished, key))
         # Shielded: one caller that leaves must not fail the others that wait for the same file.
+        self._waiters[key] += 1
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             if self._closed and task.cancelled():
                 raise ServerFault("The image decoders have been stopped.") from None
             raise
+        finally:
+            self._waiters[key] -= 1
+            if not self._waiters[key]:
+                del self._waiters[key]
+                if key not in self._at_work:
+                    # The last one left: others' pictures need not wait for it.
+                    task.cancel()
 
     def _finished(self, key: bytes, task: asyncio.Task[_Decoded]) -> None:
         del self._running[key]
@@ -256,10 +266,10 @@ class DecodePool:
             # Every caller may have left: an exception that nobody looks at would be logged as forgotten.
             task.exception()
 
-    async def _decode(self, data: bytes) -> _Decoded:
+    async def _decode(self, key: bytes, data: bytes) -> _Decoded:
         for _ in range(_ATTEMPTS):
             try:
-                made = await self._attempt(data)
+                made = await self._attempt(key, data)
             except _WorkerLost:
                 continue
             except _TooSlow:
@@ -271,8 +281,9 @@ class DecodePool:
             "The image can't be decoded within this server's limits of time and memory. Scale it down or save it anew.",
         )
 
-    async def _attempt(self, data: bytes) -> _Decoded:
+    async def _attempt(self, key: bytes, data: bytes) -> _Decoded:
         worker = await self._idle.get()
+        self._at_work.add(key)
         healthy = False
         try:
             worker = worker or await self._start_worker()
@@ -291,6 +302,7 @@ class DecodePool:
                 raise _TooSlow from None
             raise
         finally:
+            self._at_work.discard(key)
             if worker is not None and not healthy:
                 self._workers.discard(worker)
                 await worker.end()

@@ -127,6 +127,9 @@ def _checkpoint_folder(settings: Settings, kept: contextlib.ExitStack) -> Path:
 async def _serve(settings: Settings, folder: Path, kept: contextlib.ExitStack) -> int:
     leave_no_core()
     keyring = Keyring(settings)
+    if settings.keys_file:
+        # Elsewhere SIGHUP ends the process, as it does without a handler.
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, keyring.reload)
     model = ServedModel.load(folder, settings)
     listener = listen(settings.host, settings.port)
     allow_many_connections()
@@ -170,9 +173,6 @@ async def _serve(settings: Settings, folder: Path, kept: contextlib.ExitStack) -
 
     server = HttpServer(app, settings)
     stop = StopSignals(end_at_once)
-    if settings.keys_file:
-        # Elsewhere SIGHUP ends the process, as it does without a handler.
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, keyring.reload)
     http = asyncio.create_task(server.serve(sockets=[listener]), name="http")
     loading = asyncio.create_task(load(), name="loading")
     try:

@@ -34,9 +34,9 @@ def confine(*, parent: int, memory_mb: int) -> None:
     most ``memory_mb`` MiB of address space, and makes no file, no core dump and no privileged process."""
     # uvloop lets a new process inherit the pipes of its siblings, whose end would then go unnoticed.
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
-    # Both reach every process of a terminal or a service; the server decides when its workers end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # They reach every process of a terminal or a service; the server decides when its workers end.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         library = ctypes.CDLL(None)
         library.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

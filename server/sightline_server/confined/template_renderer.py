@@ -20,6 +20,7 @@ from typing import Any
 from sightline_models.chat_template import Message, Span, TextPart, TokenizerError, output_limit
 from sightline_server.confined import process
 from sightline_server.confined.template_wire import ANSWER, DONE, MAX_SENTENCE, REFUSED
+from sightline_server.errors import Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ _MEMORY_MB = 512
 # One for each thread that makes prompts.
 _PROCESSES = 2
 _ATTEMPTS = 2
+_RETRY_S = 5.0
 # How often a process that is late is looked at: a signal may have stopped it.
 _LOOK_S = 0.5
 # A span of one character takes this many at most, written as JSON.
@@ -51,13 +53,20 @@ class _Child:
 
     def __init__(self) -> None:
         options = {"parent": os.getpid(), "memory_mb": _MEMORY_MB, "cpu_s": CPU_S}
-        self.process = subprocess.Popen(
-            process.command("sightline_server.confined.template_worker", json.dumps(options)),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=process.environment(),
-            bufsize=0,
-        )
+        try:
+            self.process = subprocess.Popen(
+                process.command("sightline_server.confined.template_worker", json.dumps(options)),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=process.environment(),
+                bufsize=0,
+            )
+        except OSError as error:
+            log.error("A process that renders the chat template could not be started: %s.", error.strerror or error)
+            raise Unavailable(
+                "The server can't render its chat template right now; its log says why. Try again later.",
+                retry_after_s=_RETRY_S,
+            ) from None
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self._jobs, self._answers = self.process.stdin, self.process.stdout
@@ -112,11 +121,12 @@ class _Child:
     def _wait(self, descriptor: int, event: int, deadline: float) -> None:
         poll = select.poll()
         poll.register(descriptor, event)
-        while not poll.poll(_LOOK_S * 1000):
+        while (left_s := deadline - time.monotonic()) > 0:
+            if poll.poll(min(_LOOK_S, left_s) * 1000):
+                return
             if process.is_stopped(self.process.pid):
                 raise _LostError
-            if time.monotonic() > deadline:
-                raise _TooSlowError
+        raise _TooSlowError
 
 
 class TemplateRenderer:
@@ -142,7 +152,7 @@ class TemplateRenderer:
         try:
             for _ in range(_PROCESSES):
                 self._idle.put(self._start())
-        except (_LostError, _TooSlowError):
+        except (_LostError, _TooSlowError, Unavailable):
             raise TokenizerError(
                 f"The chat template can't be compiled and tried within {CPU_S:g} seconds and {_MEMORY_MB} MiB. "
                 "Give another one with --chat-template."

@@ -128,8 +128,10 @@ class EngineProcess(EngineClient):
         factory: str | None = None,
         policy: RestartPolicy | None = None,
         patience: Patience | None = None,
+        suspects: Suspects | None = None,
     ) -> None:
-        """``factory`` is the ``module:function`` that makes the engine; None is the true one."""
+        """``factory`` is the ``module:function`` that makes the engine; None is the true one. Several engines may
+        share ``suspects``."""
         self._folder = folder
         # The engine has no use for secrets.
         self._settings = settings_table.replace(settings, api_key=(), api_key_file="", keys_file="")
@@ -139,7 +141,7 @@ class EngineProcess(EngineClient):
         self._patience = patience or Patience.of(settings)
         self._child: ChildProcess | None = None
         self._supervisor: asyncio.Task[None] | None = None
-        self._flights = Flights(Suspects(time.monotonic))
+        self._flights = Flights(suspects or Suspects(time.monotonic))
         self._not_back: asyncio.TimerHandle | None = None
         self._ready = False
         self._ready_at: float | None = None
@@ -163,7 +165,9 @@ class EngineProcess(EngineClient):
 
     @property
     def stats(self) -> EngineStats:
-        return self._past + self._stats
+        # Those on their way to the process, or held back from it, wait too.
+        waiting = self._stats.waiting + self._adds_sent - self._adds_taken + self._flights.num_held
+        return self._past + msgspec.structs.replace(self._stats, waiting=waiting)
 
     @property
     def in_flight(self) -> int:
@@ -252,8 +256,7 @@ class EngineProcess(EngineClient):
                 code="engine_restarting",
                 retry_after_s=min(wait_s, LONGEST_RETRY_S),
             )
-        waiting = self._stats.waiting + self._adds_sent - self._adds_taken + self._flights.num_held
-        if waiting >= self._settings.max_queue:
+        if self.stats.waiting >= self._settings.max_queue:
             raise queue_is_full(self._settings.max_queue)
 
     # What the process reports

@@ -26,8 +26,7 @@ class Failure:
     @classmethod
     def of(cls, error: Exception) -> "Failure":
         reason = f"{type(error).__name__}: {error}"
-        # Torch has no class of its own for this on a CPU.
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+        if _is_out_of_memory(error):
             message = "The device ran out of memory on this request alone. Send fewer or shorter inputs."
             return cls("engine_oom", message, reason)
         return cls("server_error", "The engine failed on this request alone. Change it before trying again.", reason)
@@ -42,7 +41,17 @@ NOT_FINITE = Failure(
 
 def is_beyond_containing(error: Exception) -> bool:
     """Whether nothing this process computes can be trusted any more: broken books, or a lost device."""
-    return isinstance(error, AssertionError | torch.AcceleratorError)
+    if isinstance(error, torch.AcceleratorError):
+        # Pinned memory and graphs are had from the driver itself, whose refusal leaves the device as it was.
+        return not _is_out_of_memory(error)
+    return isinstance(error, AssertionError)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Torch has a class for its own allocator on a device; the driver, Triton and a CPU say it in words."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return "out of memory" in str(error) or "can't allocate memory" in str(error)
 
 
 class Probation:

@@ -7,6 +7,7 @@ say. Starts no process itself, replaces none that died (each engine does), and k
 import asyncio
 import itertools
 import os
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +17,7 @@ import msgspec
 from sightline_server.engine.affinity import PrefixMemory, pick, prompt_hashes
 from sightline_server.engine.client import EngineClient, EngineProcess, EngineStartError, PixelSource, queue_is_full
 from sightline_server.engine.placement import count_engines, settings_of
+from sightline_server.engine.suspects import Suspects
 from sightline_server.engine.types import EngineInfo, EngineStats, FinishEvent, Request, TokenEvent
 from sightline_server.settings import Settings
 
@@ -35,13 +37,15 @@ def make_engines(
 ) -> EngineClient:
     """As many engine processes as ``settings`` ask for, as one client. ``factory`` is ``EngineProcess``'s."""
     engines, cores = count_engines(settings), len(os.sched_getaffinity(0))
+    # What one of them died of isn't given to another.
+    suspects = Suspects(time.monotonic)
 
     def make(engine: int, first: EngineInfo | None = None) -> EngineProcess:
         told = on_progress
         if on_progress is not None and engines > 1:
             told = _numbered(on_progress, f"engine {engine + 1} of {engines}")
         own = settings_of(settings, engine, cores=cores, first=first)
-        return EngineProcess(folder, own, on_progress=told, factory=factory)
+        return EngineProcess(folder, own, on_progress=told, factory=factory, suspects=suspects)
 
     if engines == 1:
         return make(0)

@@ -44,6 +44,9 @@ class Suspects:
 
     def __bool__(self) -> bool:
         """Whether any is remembered."""
+        # The oldest stand first.
+        while self._records and self._clock() - next(iter(self._records.values())).last > MEMORY_S:
+            self._records.popitem(last=False)
         return bool(self._records)
 
     def note_crash(self, blamed: Collection[bytes], *, alone: bool) -> None:

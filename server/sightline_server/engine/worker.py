@@ -263,6 +263,8 @@ def main() -> int:
     # the supervisor decides, and lets running requests finish first.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # The supervisor reads its keys again at this one.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     die_with_parent(arguments.parent)
     faulthandler.enable()
 

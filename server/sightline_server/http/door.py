@@ -8,7 +8,7 @@ from sightline_server.http.limits import HttpLimits
 
 RETRY_S = 5.0
 ANSWERED_REFUSALS = 64
-"""Connections over the limit that are told so at a time; more are closed at once, since telling takes a place too."""
+"""Connections over the limit that are told so at a time; more are closed at once, since telling takes time too."""
 
 
 class Door:
@@ -17,22 +17,39 @@ class Door:
     def __init__(self, limits: HttpLimits) -> None:
         self._limits = limits
         self._by_address: Counter[str] = Counter()
+        self._num_refused = 0
 
     @property
     def connections(self) -> int:
+        """Those that are served."""
         return self._by_address.total()
 
     def enter(self, address: str) -> ApiError | None:
-        """Count a connection from ``address``; why it isn't served, if it isn't. Pair it with ``leave`` either way."""
+        """Count a connection from ``address``, unless it isn't served: then why. Pair it with ``leave`` if it is."""
         key = network_of(address)
-        self._by_address[key] += 1
-        if self._by_address.total() > self._limits.connections:
+        refusal = self._refusal(key)
+        if refusal is None:
+            self._by_address[key] += 1
+        return refusal
+
+    def may_tell(self) -> bool:
+        """Whether one that isn't served may be told so; pair it with ``told`` if it may."""
+        if self._num_refused >= ANSWERED_REFUSALS:
+            return False
+        self._num_refused += 1
+        return True
+
+    def told(self) -> None:
+        self._num_refused -= 1
+
+    def _refusal(self, key: str) -> ApiError | None:
+        if self._by_address.total() >= self._limits.connections:
             return Unavailable(
                 f"The server has its {self._limits.connections} connections open. Try again shortly, or close some.",
                 code="too_many_connections",
                 retry_after_s=RETRY_S,
             )
-        if self._by_address[key] > self._limits.connections_per_address:
+        if self._by_address[key] >= self._limits.connections_per_address:
             return Unavailable(
                 f"{self._limits.connections_per_address} connections are open from your address, which is the most "
                 "one may have. Close some, or keep them open for several requests.",

@@ -7,7 +7,9 @@ it, watches the clock, and says no. It knows no route, no key and nothing of wha
 import asyncio
 import json
 import time
+from collections.abc import Callable
 from enum import Enum, auto
+from functools import partial
 from typing import Any, NoReturn
 from uuid import uuid4
 
@@ -15,7 +17,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from sightline_server.errors import ApiError, HeadersTooLarge, InvalidRequest, RequestTimeout, UrlTooLong
-from sightline_server.http.door import ANSWERED_REFUSALS, Door
+from sightline_server.http.door import Door
 from sightline_server.http.heads import head_refusal, unreadable
 from sightline_server.http.limits import FRAMING_SLACK, LINGER_BYTES, LINGER_S, MAX_HEADERS, MAX_URL, HttpLimits
 from sightline_server.logs import RequestRecord, log_request
@@ -55,6 +57,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._deadline: float | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._stall: asyncio.TimerHandle | None = None
+        self._leave_door: Callable[[], None] = lambda: None
 
     # The connection
 
@@ -62,15 +65,21 @@ class HttpProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         refusal = self._door.enter(self._address)
         if refusal is None:
+            self._leave_door = partial(self._door.leave, self._address)
             self._within(self._limits.header_s)
-        elif self._door.connections > self._limits.connections + ANSWERED_REFUSALS:
-            transport.abort()
-        else:
+        elif self._door.may_tell():
+            self._leave_door = self._door.told
             self._refuse(refusal)
+        else:
+            transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._door.leave(self._address)
+        self._leave_door()
         self._within(None)
+        # Until it fires it would keep what this connection has read.
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         self._unset_stall()
         super().connection_lost(exc)
 

@@ -10,6 +10,8 @@ from collections import OrderedDict
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sightline_server.http.door import network_of
+
 BURST = 32
 """Refusals in a row that one address gets at once."""
 RATE = 16.0
@@ -40,7 +42,7 @@ class RefusalBrake:
         async def send_refusals_slowly(message: Message) -> None:
             if message["type"] == "http.response.start" and 400 <= message["status"] < 500 and message["status"] != 429:
                 client = scope.get("client")
-                await self._hold_back(client[0] if client else "")
+                await self._hold_back(network_of(client[0]) if client else "")
             await send(message)
 
         await self._app(scope, receive, send_refusals_slowly)
