@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from benchmarks.servers import Server, free_port, running, sightline_command
-from hostile import flood, kills, picture_run, victims
+from hostile import flood, kills, picture_run, restarts, victims
 
 DEMO = "sightline-demo"
-PARTS = ("pictures", "requests", "victims", "kills")
+PARTS = ("pictures", "requests", "victims", "kills", "restarts")
 LEAST_ATTACK_S = 4
-FULL = {"pictures": 1_000_000, "requests": 100_000, "victims": 60, "kills": 300}
-"""Pictures, requests, seconds under attack, kills."""
+FULL = {"pictures": 1_000_000, "requests": 100_000, "victims": 60, "kills": 300, "restarts": 30}
+"""Pictures, requests, seconds under attack, kills of a child, kills and stops of the API process."""
 
 
 @contextmanager
@@ -50,11 +50,16 @@ def torture_kills(count: int, seed: int) -> list[str]:
     return [f"{each}: {problem}" for each in rounds for problem in each.problems]
 
 
+def torture_restarts(count: int, seed: int) -> list[str]:
+    return asyncio.run(restarts.run(count, seed))
+
+
 RUNS: dict[str, Callable[[int, int], list[str]]] = {
     "pictures": torture_pictures,
     "requests": torture_requests,
     "victims": torture_victims,
     "kills": torture_kills,
+    "restarts": torture_restarts,
 }
 
 
