@@ -80,7 +80,7 @@ class Killer:
         await self._probe()
         self._shape = self.processes()
         self._answer = await self.canary()
-        self._files = self._server.num_fds()
+        self._files = self._open_files()
 
     def processes(self) -> Counter[str]:
         """How many of the server's processes run what; none that has ended counts."""
@@ -118,14 +118,17 @@ class Killer:
         return made
 
     async def leaked(self) -> list[str]:
-        """Files that the server has open beyond those of the beginning, once its clients have left."""
+        """Files that the server has open beyond those of the beginning."""
         deadline = time.monotonic() + 5
-        # Connections of this client stay open; all that were needed at once were opened in the first round.
-        while (now := self._server.num_fds()) > self._files + 8:
+        while (now := self._open_files()) > self._files:
             if time.monotonic() > deadline:
                 return [f"{now} files are open, {self._files} were"]
             await asyncio.sleep(0.1)
         return []
+
+    def _open_files(self) -> int:
+        """But for the connections of this client, which stay open for a while."""
+        return self._server.num_fds() - len(self._server.net_connections(kind="tcp"))
 
     def _running(self) -> list[tuple[str, psutil.Process]]:
         found = []
