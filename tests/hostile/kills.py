@@ -5,9 +5,7 @@ a name; `/health` answers throughout; the server is ready again in time, whole, 
 """
 
 import asyncio
-import base64
 import contextlib
-import io
 import json
 import os
 import random
@@ -19,9 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
-import numpy as np
 import psutil
-from PIL import Image
+from hostile.chats import chat_body, noise_url
 
 CHATS = "/v1/chat/completions"
 TARGETS = ENGINE, DECODER, TEMPLATER = "engine.worker", "decode_worker", "template_worker"
@@ -51,20 +48,6 @@ class Round:
         return f"{self.signal.name} to {self.target}: ready in {self.ready_s:.1f} s of {self.took_s:.1f}; {ends}"
 
 
-def picture(seed: int) -> str:
-    """A data URL that no server has seen before."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (64, 64, 3), np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def body(model: str, text: str, *urls: str, **fields: Any) -> dict[str, Any]:
-    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-    parts.append({"type": "text", "text": text})
-    return {"model": model, "messages": [{"role": "user", "content": parts}], "temperature": 0} | fields
-
-
 class Killer:
     def __init__(self, http: httpx.AsyncClient, pid: int, model: str, seed: int, ready_s: float) -> None:
         self._http = http
@@ -87,7 +70,8 @@ class Killer:
         return Counter(name for name, _ in self._running())
 
     async def canary(self) -> str:
-        wanted = body(self._model, "What does the canary see?", picture(7), seed=11, max_tokens=16, ignore_eos=True)
+        question = "What does the canary see?"
+        wanted = chat_body(self._model, question, noise_url(7), temperature=0, max_tokens=16, ignore_eos=True)
         answer = await self._http.post(CHATS, json=wanted | {"logprobs": True, "top_logprobs": 2})
         assert answer.status_code == 200, f"the canary got {answer.status_code}: {answer.text[:300]}"
         return json.dumps(answer.json()["choices"])
@@ -158,7 +142,7 @@ class Killer:
 
     def _picture_chat(self, **fields: Any) -> dict[str, Any]:
         self._sent += 1
-        return body(self._model, "What is this?", picture(self._sent), **fields)
+        return chat_body(self._model, "What is this?", noise_url(self._sent), temperature=0, **fields)
 
     @contextlib.asynccontextmanager
     async def _health_watched(self, made: Round) -> AsyncIterator[None]:
@@ -181,7 +165,11 @@ class Killer:
     async def _request(self, made: Round, index: int) -> None:
         """One request of the load, which ends in ``made.ends`` or in ``made.problems``."""
         long = {"max_tokens": self._draw.randint(20, 200), "ignore_eos": True}
-        wanted = self._picture_chat(**long) if index % 2 else body(self._model, f"Say {self._draw.random()}.", **long)
+        wanted = (
+            self._picture_chat(**long)
+            if index % 2
+            else chat_body(self._model, f"Say {self._draw.random()}.", temperature=0, **long)
+        )
         try:
             end = await (self._streamed if index % 3 else self._whole)(wanted)
         except (httpx.HTTPError, ValueError, KeyError, IndexError, AssertionError) as error:

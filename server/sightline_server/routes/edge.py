@@ -107,7 +107,7 @@ class BodyLimits:
             await self._app(scope, receive, send)
             return
         body = _Body(receive, self._limit, self._budget, self._timeout_s)
-        announced = announced_bytes(scope) or 0
+        announced = _announced_bytes(scope)
         try:
             if announced > self._limit:
                 raise _BodyRefused(_too_large(announced, self._limit))
@@ -194,12 +194,12 @@ class _Body:
         self._complete = message["type"] == "http.disconnect" or not message.get("more_body", False)
 
 
-def announced_bytes(scope: Scope) -> int | None:
-    """The Content-Length; None for a body that doesn't say."""
+def _announced_bytes(scope: Scope) -> int:
+    """The Content-Length; 0 for a body that doesn't say."""
     for name, value in scope["headers"]:
         if name == b"content-length" and value.isdigit():
             return int(value[:20])
-    return None
+    return 0
 
 
 def _too_large(size: int, limit: int) -> BodyTooLarge:
