@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from hostile.kills import body, picture
+from hostile.chats import chat_body, noise_url
 
 StartServer = Callable[..., Any]
 
@@ -45,14 +45,14 @@ def test_E4_without_a_file_to_open_the_server_says_so_and_comes_back(start_serve
     server = start_server("--random", "tiny")
     server.wait_until_told_ready()
     with httpx.Client(base_url=server.url, timeout=60) as http:
-        assert http.post(CHATS, json=body(MODEL, "Hi", picture(1), max_tokens=1)).status_code == 200
+        assert http.post(CHATS, json=chat_body(MODEL, "Hi", noise_url(1), max_tokens=1)).status_code == 200
         limit_files(server, spare)
         # The connection that stands goes on.
         (decoder, *others) = server.children("decode_worker")
         assert http.get("/health").status_code == 200
         if not others and spare == 0:
             decoder.kill()
-            refusal = http.post(CHATS, json=body(MODEL, "Hi", picture(2), max_tokens=1))
+            refusal = http.post(CHATS, json=chat_body(MODEL, "Hi", noise_url(2), max_tokens=1))
             assert code_of(refusal) == (503, "server_is_overloaded")
             assert int(refusal.headers["Retry-After"]) >= 1
             assert "An image decoder could not be started: Too many open files." in server.stderr
@@ -61,10 +61,10 @@ def test_E4_without_a_file_to_open_the_server_says_so_and_comes_back(start_serve
         wait_for_log(server, "The engine process could not be started (Too many open files). Allow this server more")
         assert http.get("/health").status_code == 200
         assert http.get("/ready").status_code == 503
-        assert code_of(http.post(CHATS, json=body(MODEL, "Hi", max_tokens=1))) == (503, "engine_restarting")
+        assert code_of(http.post(CHATS, json=chat_body(MODEL, "Hi", max_tokens=1))) == (503, "engine_restarting")
         limit_files(server, 1000)
         server.wait_for("/ready", 200)
-        assert http.post(CHATS, json=body(MODEL, "Hi", picture(3), max_tokens=1)).status_code == 200
+        assert http.post(CHATS, json=chat_body(MODEL, "Hi", noise_url(3), max_tokens=1)).status_code == 200
     assert "Traceback" not in server.stderr
 
 
