@@ -43,10 +43,6 @@ STOP_GRACE_S = 3.0
 
 LOST = "The engine stopped in the middle of this request and is restarting. Send the request again."
 NOT_BACK = "The engine stopped and was not back in time for this request. Send it again later."
-TWICE = (
-    "The engine stopped twice while it worked on this request, so the request isn't tried again. Change it; the "
-    "server's log says how the engine ended."
-)
 GUILTY = (
     "The engine stopped each time it worked on this request, so the request isn't tried again for some minutes. "
     "Change it; the server's log says how the engine ended."
@@ -324,8 +320,8 @@ class EngineProcess(EngineClient):
         for flight in lost:
             flight.end(FinishReason.ERROR, "engine_restarting", LOST)
         for flight in refused:
-            log.error("Request %s is not tried again: the engine died twice while it had it.", flight.request.id)
-            flight.end(FinishReason.ERROR, "request_crashed_engine", TWICE)
+            log.error("Request %s is not tried again: the engine died each time it had it.", flight.request.id)
+            flight.end(FinishReason.ERROR, "request_crashed_engine", GUILTY)
         if self._not_back is None:
             # With no time to wait, before anybody else gets a turn.
             wait_s = self._settings.restart_wait_s

@@ -1,6 +1,6 @@
 """Requests between submit and their end: who is held here, whom the engine process has, and who survives its death.
 
-After a crash, those it may be due to go again one at a time, so that the next crash has one culprit. Knows requests
+After a crash, those it may be due to go again in ever smaller company, until a crash has one culprit. Knows requests
 and counts. Knows no process, no socket and no time.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from sightline_models.images import Pixels
-from sightline_server.engine.suspects import Suspects, fingerprint
+from sightline_server.engine.suspects import ALONE_AFTER, Suspects, fingerprint
 from sightline_server.engine.types import FinishEvent, FinishReason, Request, TokenEvent, Usage
 
 PixelSource = Callable[[bytes], Awaitable[Pixels]]
@@ -19,11 +19,19 @@ PixelSource = Callable[[bytes], Awaitable[Pixels]]
 
 
 class Probation(enum.Enum):
-    """Until when nothing else is sent to the engine."""
+    """What may be sent to the engine beside a request, and until when, for the crashes it was in."""
 
     NONE = "none"
     FIRST_TOKEN = "first token"
-    END = "end"
+    """Nothing, until its first token."""
+    COMPANY = "company"
+    """A few others on the same terms, until their ends."""
+    ALONE = "alone"
+    """Nothing, until its end."""
+
+
+MOST_COMPANY = 8
+"""What is tried together after two crashes: enough for an engine to be worth its while, few enough to go alone next."""
 
 
 @dataclass(eq=False)
@@ -84,22 +92,31 @@ class Flights:
     def board(self) -> list[Flight]:
         """Those whose turn it is now, in order; from here on the engine process has them.
 
-        One that was in a crash goes alone until its first token, beside nothing but answers that have begun; one that
-        was in more goes when the engine has nothing else, and is alone until its end.
+        One that was in a crash goes when all that the engine has have begun, and nothing follows it until it has, too.
+        What crashes the engine later is among those that were in two: they go a few at a time, and then one by one.
         """
         boarding = []
-        while self._held and not any(flight.probation is not Probation.NONE for flight in self._aboard.values()):
+        while self._held:
             flight = next(iter(self._held.values()))
-            crashes = self.suspects.crashes(flight.fingerprint) if self.suspects else 0
-            if crashes and any(other.tokens == 0 for other in self._aboard.values()):
+            probation = _probation(self.suspects.crashes(flight.fingerprint)) if self.suspects else Probation.NONE
+            if not self._may_join(probation):
                 break
-            if crashes > 1 and self._aboard:
-                break
-            flight.probation = (Probation.NONE, Probation.FIRST_TOKEN, Probation.END)[min(crashes, 2)]
+            flight.probation = probation
             del self._held[flight.request.id]
             self._aboard[flight.request.id] = flight
             boarding.append(flight)
         return boarding
+
+    def _may_join(self, probation: Probation) -> bool:
+        aboard = self._aboard.values()
+        match probation:
+            case Probation.ALONE:
+                return not aboard
+            case Probation.COMPANY:
+                return len(aboard) < MOST_COMPANY and all(other.probation is probation for other in aboard)
+            case Probation.FIRST_TOKEN:
+                return all(other.probation is Probation.NONE and other.tokens for other in aboard)
+        return all(other.probation is Probation.NONE for other in aboard)
 
     def note_token(self, flight: Flight) -> None:
         flight.tokens += 1
@@ -122,18 +139,17 @@ class Flights:
             flight.cancel_errands()
 
     def crash(self) -> tuple[list[Flight], list[Flight]]:
-        """The engine process died. Those that had begun, or were to be aborted, are lost; those that were sent for the
-        second time, on their own, are refused. Takes off and returns both; holds the others, first in line."""
+        """The engine process died. Those that had begun, or were to be aborted, are lost; one that was there alone, and
+        in a crash before, is refused. Takes off and returns both; holds the others, first in line."""
         aboard = list(self._aboard.values())
-        watched = [flight for flight in aboard if flight.probation is not Probation.NONE]
-        blamed = [flight.fingerprint for flight in watched or aboard]
-        self.suspects.note_crash(blamed, alone=len({flight.fingerprint for flight in aboard}) == 1)
+        tried = [flight.fingerprint for flight in aboard if flight.probation is not Probation.NONE]
+        self.suspects.note_crash([flight.fingerprint for flight in aboard], tried)
         self._held = self._aboard | self._held
         self._aboard = {}
         lost, refused = [], []
         for flight in list(self._held.values()):
             flight.cancel_errands()
-            if flight in watched or self.suspects.is_guilty(flight.fingerprint):
+            if self.suspects.is_guilty(flight.fingerprint):
                 refused.append(flight)
             elif flight.tokens or flight.abort_sent:
                 lost.append(flight)
@@ -148,3 +164,9 @@ class Flights:
         for flight in flights:
             self.land(flight.request.id)
         return flights
+
+
+def _probation(crashes: int) -> Probation:
+    if crashes >= ALONE_AFTER:
+        return Probation.ALONE
+    return (Probation.NONE, Probation.FIRST_TOKEN, Probation.COMPANY)[crashes]

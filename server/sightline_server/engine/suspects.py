@@ -15,6 +15,8 @@ from sightline_server.engine.types import Request
 MEMORY_S = 600.0
 """For how long after its last crash a request is remembered."""
 MEMORY_ENTRIES = 1024
+ALONE_AFTER = 3
+"""Crashes after which a request is tried with nothing beside it."""
 
 
 def fingerprint(request: Request) -> bytes:
@@ -35,7 +37,8 @@ class _Record:
 
 
 class Suspects:
-    """Crashes by fingerprint. What was in two, and in the last one alone, is guilty until ``MEMORY_S`` have passed."""
+    """Crashes by fingerprint. What was in two, and alone in the last one, is guilty until ``MEMORY_S`` have passed: of
+    two that were there, either may be why."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         """``clock`` gives seconds and never goes back."""
@@ -49,12 +52,16 @@ class Suspects:
             self._records.popitem(last=False)
         return bool(self._records)
 
-    def note_crash(self, blamed: Collection[bytes], *, alone: bool) -> None:
-        """The engine died, and each of ``blamed`` may have been why; ``alone``: it had nothing else to do."""
-        for print_ in set(blamed):
+    def note_crash(self, there: Collection[bytes], tried: Collection[bytes] = ()) -> None:
+        """The engine died while it had the requests ``there``. Those of them that were ``tried`` for an earlier crash
+        are the likeliest, and count as having been in enough to be tried alone."""
+        prints = set(there)
+        for print_ in prints:
             before = self._record(print_)
             crashes = 1 if before is None else before.crashes + 1
-            guilty = (alone and crashes > 1) or (before is not None and before.guilty)
+            guilty = (len(prints) == 1 and crashes > 1) or (before is not None and before.guilty)
+            if print_ in tried:
+                crashes = max(crashes, ALONE_AFTER)
             self._records[print_] = _Record(crashes, guilty, self._clock())
             self._records.move_to_end(print_)
         while len(self._records) > MEMORY_ENTRIES:
