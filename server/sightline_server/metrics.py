@@ -17,8 +17,8 @@ _END_TO_END_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 # Metric, field of EngineStats, help.
 _GAUGES = (
-    ("sightline_requests_running", "running", "Requests the engine is computing."),
-    ("sightline_requests_waiting", "waiting", "Requests in the engine's queue."),
+    ("sightline_requests_running", "running", "Requests the engine has begun."),
+    ("sightline_requests_waiting", "waiting", "Requests in the engine's queue, not begun."),
     ("sightline_kv_blocks_used", "blocks_used", "Key/value cache blocks in use."),
     ("sightline_kv_blocks", "blocks_total", "Key/value cache blocks there are."),
 )

@@ -419,3 +419,28 @@ def test_E2_a_replayed_row_whose_logits_are_none_ends_there(recordable: Vlm, mon
     assert answers["r0"].token_ids == whole[: place + 1]
     for name in ("r1", "r2"):
         assert told(answers[name]) == told(expected[name])
+
+
+def test_E3_a_full_batch_that_is_put_back_leaves_the_queue_its_room(tiny: Vlm) -> None:
+    album = Album()
+    engine = make_engine(tiny, max_running=6, max_queue=2)
+    answers = {f"r{i}": Answer() for i in range(6)}
+    for i, name in enumerate(answers):
+        engine.add(make_request(name, make_prompt(tiny, album, [5], seed=i), max_tokens=8))
+        run_step(engine, album, answers)
+    plant(engine, Fault("forward", failing))
+    run_step(engine, album, answers)
+    assert (engine.stats().running, engine.stats().waiting) == (6, 0)
+    late = {"late0": Answer(), "late1": Answer(), "late2": Answer()}
+    for name in late:
+        engine.add(make_request(name, make_prompt(tiny, album, [4], seed=9), max_tokens=2))
+    assert engine.stats().waiting == 2
+    while engine.has_work:
+        run_step(engine, album, answers | late)
+    assert [len(answer.token_ids) for answer in answers.values()] == [8] * 6
+    assert [answer.finish and answer.finish.error_code for answer in late.values()] == [
+        None,
+        None,
+        "server_is_overloaded",
+    ]
+    assert_nothing_held(engine)

@@ -132,10 +132,10 @@ class Engine:
         return events
 
     def stats(self) -> EngineStats:
-        scheduler = self._scheduler
+        scheduler, num_new = self._scheduler, self._scheduler.waiting.num_new
         return EngineStats(
-            running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
+            running=len(self._live) - num_new,
+            waiting=num_new,
             blocks_used=self._blocks.num_used,
             blocks_total=self._blocks.num_blocks,
             prompt_tokens_total=self._prompt_tokens,
@@ -155,6 +155,8 @@ class Engine:
         """Assert that every block, slot, pin and pixel array belongs to a live request."""
         self._scheduler.check()
         lines = {sequence.id for sequence in (*self._scheduler.waiting, *self._scheduler.running)}
+        new = sum(sequence.num_hit_tokens < 0 for sequence in self._scheduler.waiting)
+        assert self._scheduler.waiting.num_new == new, f"{self._scheduler.waiting.num_new} counted as new, not {new}"
         assert self._doubted <= set(self._live), "a doubt outlived its request"
         assert lines == set(self._live), f"in the lines: {lines}; alive: {set(self._live)}"
         needed = {s.image_key(span) for s in self._live.values() for span in s.request.prompt.images}
@@ -174,7 +176,7 @@ class Engine:
         )
         if refusal is not None:
             return refusal
-        if len(self._scheduler.waiting) >= self._config.max_queue:
+        if self._scheduler.waiting.num_new >= self._config.max_queue:
             return "server_is_overloaded", (
                 f"{self._config.max_queue} requests are waiting already, as many as this server queues. Retry later."
             )

@@ -19,6 +19,8 @@ class FairLine:
     def __init__(self) -> None:
         self._lines: dict[tuple[int, str], list[Sequence]] = {}
         self._live: Counter[str] = Counter()
+        self.num_new = 0
+        """Those of them that have had no turn yet. The others are begun requests that were put back."""
         self._served: dict[str, int] = {}
 
     def __len__(self) -> int:
@@ -44,11 +46,13 @@ class FairLine:
         """A preempted one comes back to the place it had."""
         line = self._lines.setdefault(_line_of(sequence), [])
         insort(line, sequence, key=lambda other: other.order)
+        self.num_new += _is_new(sequence)
 
     def leave(self, sequence: Sequence) -> None:
         """It waits no more."""
         key = _line_of(sequence)
         self._lines[key].remove(sequence)
+        self.num_new -= _is_new(sequence)
         if not self._lines[key]:
             del self._lines[key]
 
@@ -88,4 +92,8 @@ def _line_of(sequence: Sequence) -> tuple[int, str]:
 
 def _rank(sequence: Sequence, served: int) -> tuple[bool, int, int]:
     # What was begun is finished before another tenant's request takes its room.
-    return sequence.num_hit_tokens < 0, served, sequence.order
+    return _is_new(sequence), served, sequence.order
+
+
+def _is_new(sequence: Sequence) -> bool:
+    return sequence.num_hit_tokens < 0

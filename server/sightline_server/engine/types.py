@@ -132,7 +132,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Gauges are current; ``*_total`` only ever grow while the engine process lives. Those of several add up."""
 
     running: int = 0
+    """Requests that have begun, also while they are put back."""
     waiting: int = 0
+    """Requests that have had no turn yet."""
     blocks_used: int = 0
     blocks_total: int = 0
     prompt_tokens_total: int = 0
