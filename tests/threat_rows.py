@@ -6,6 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 
 _PROOF = re.compile(r"test_((?:[A-Z]\d+_)+)")
+_ADVISORY = re.compile(r"^\| ([\w.]+(?:-\d+)+) \| ([^|]+) \|[^|]+\|[^|]+\|$", flags=re.MULTILINE)
 _ROW = re.compile(r"^\| ([A-Z]\d+) \|(.*)\|$", flags=re.MULTILINE)
 
 
@@ -34,3 +35,15 @@ def summary(root: Path) -> str:
     waiting = [row for row in known if row not in proven]
     line = f"docs/security.md: {len(known)} rows, {len(known) - len(waiting)} proven by {len(tests)} tests"
     return f"{line}; not yet: {', '.join(waiting)}" if waiting else line
+
+
+def advisories(page: str) -> list[tuple[str, str]]:
+    """Name and place of each advisory that the page says is replayed, in the page's order."""
+    _, _, section = page.partition("## Advisories of others, replayed\n")
+    return _ADVISORY.findall(section)
+
+
+def waiting(page: str) -> set[str]:
+    """The advisories that the page's second list has, as they are written there."""
+    _, _, table = page.partition("| advisory | what it waits for |\n")
+    return set(re.findall(r"(?:CVE-|GHSA-|#)[\w-]+", table))
