@@ -44,10 +44,18 @@ def make_engine(model: Vlm, *, device: str = "cpu", **bounds: Any) -> Engine:
         "encoder_cache_bytes": 2**24,
     }
     dtype = next(model.parameters()).dtype
-    threads = bounds.pop("threads", 1)
+    threads, compiles = bounds.pop("threads", 1), bounds.pop("compiles", False)
     config = EngineConfig(**values | bounds)
     recorder = CallAgain() if config.graphs and device != "cuda" else None
-    return assemble(model, config, device=torch.device(device), dtype=dtype, threads=threads, recorder=recorder)
+    return assemble(
+        model,
+        config,
+        device=torch.device(device),
+        dtype=dtype,
+        threads=threads,
+        recorder=recorder,
+        compiles=compiles,
+    )
 
 
 class CallAgain:
@@ -181,3 +189,25 @@ def run(engine: Engine, requests: Iterable[Request], album: Album, *, max_steps:
     unfinished = [name for name, answer in answers.items() if answer.finish is None]
     assert not unfinished, f"not finished after {max_steps} steps: {unfinished}"
     return answers
+
+
+def requests_of(model: Vlm, album: Album, count: int, **params: Any) -> list[Request]:
+    """Requests with none, one and three pictures, every other one sampled, of different lengths."""
+    requests = []
+    for i in range(count):
+        parts: list[Any] = [3 + i]
+        for j in range((0, 1, 3)[i % 3]):
+            parts += [picture(model.config.vision.image_size, 100 * i + j), 1 + j]
+        own: dict[str, Any] = {"max_tokens": 5 + 3 * (i % 5)}
+        if i % 2:
+            own |= {"temperature": 0.9, "seed": i, "top_p": 0.9}
+        requests.append(make_request(f"r{i}", make_prompt(model, album, parts, seed=i), **(own | params)))
+    return requests
+
+
+def told(answers: Mapping[str, Answer]) -> dict[str, Any]:
+    """All that the requests were told, but for what caches had."""
+    return {
+        name: (answer.token_ids, answer.reason, answer.finish and answer.finish.usage.completion_tokens)
+        for name, answer in answers.items()
+    }

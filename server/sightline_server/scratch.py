@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-PURPOSES = ("sockets", "random")
+PURPOSES = ("sockets", "random", "compiled")
 # Between a folder's making and its locking there is a moment in which it looks abandoned.
 LEAST_AGE_S = 60.0
 
@@ -23,7 +23,7 @@ LEAST_AGE_S = 60.0
 class ScratchFolder:
     """An empty folder that only this user can enter. Raises OSError when it can't be made."""
 
-    def __init__(self, purpose: Literal["sockets", "random"]) -> None:
+    def __init__(self, purpose: Literal["sockets", "random", "compiled"]) -> None:
         self.path = Path(tempfile.mkdtemp(prefix=f"sightline-{purpose}-"))
         self._lock = -1
         try:

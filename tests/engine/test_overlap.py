@@ -5,16 +5,15 @@ order of things are proven without a GPU.
 """
 
 import random
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
-from engines import Album, Answer, make_engine, make_prompt, make_request, picture, run, run_step
+from engines import Album, Answer, make_engine, make_prompt, make_request, picture, requests_of, run, run_step, told
 
 from sightline_models.vlm import Vlm
 from sightline_server.engine.engine import Engine
-from sightline_server.engine.types import FinishReason, Request, TokenEvent
+from sightline_server.engine.types import FinishReason, TokenEvent
 
 LATE: dict[str, Any] = {"overlap": True}
 RECORDED: dict[str, Any] = {"graphs": True}
@@ -23,28 +22,6 @@ MODES = [
     pytest.param(RECORDED, id="recorded"),
     pytest.param(LATE | RECORDED, id="late-and-recorded"),
 ]
-
-
-def requests_of(model: Vlm, album: Album, count: int, **params: Any) -> list[Request]:
-    """Requests with none, one and three pictures, every other one sampled, of different lengths."""
-    requests = []
-    for i in range(count):
-        parts: list[Any] = [3 + i]
-        for j in range((0, 1, 3)[i % 3]):
-            parts += [picture(model.config.vision.image_size, 100 * i + j), 1 + j]
-        own: dict[str, Any] = {"max_tokens": 5 + 3 * (i % 5)}
-        if i % 2:
-            own |= {"temperature": 0.9, "seed": i, "top_p": 0.9}
-        requests.append(make_request(f"r{i}", make_prompt(model, album, parts, seed=i), **(own | params)))
-    return requests
-
-
-def told(answers: Mapping[str, Answer]) -> dict[str, Any]:
-    """All that the requests were told, but for what caches had."""
-    return {
-        name: (answer.token_ids, answer.reason, answer.finish and answer.finish.usage.completion_tokens)
-        for name, answer in answers.items()
-    }
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from sightline_kernels.dispatch import FusedRefusedError, Kernels, choose, explain
+from sightline_models.compiled_decoder import CompiledDecoder, CompileError, compile_decoder, refusal
 from sightline_models.config import VlmConfig, read_config
 from sightline_models.decoder import kernel_workload
 from sightline_models.images import read_preprocess_config
+from sightline_models.kv import KvPool
 from sightline_models.parameter_count import count_parameters, weight_bytes
 from sightline_models.quantization_config import Quantization, choose_quantization
 from sightline_models.tokenizer import read_chat_template
@@ -37,6 +39,7 @@ from sightline_server.engine.types import (
 )
 from sightline_server.engine.verify import Subject, ask_unquantized, verify
 from sightline_server.engine.vision_cache import VisionCache
+from sightline_server.scratch import ScratchFolder
 from sightline_server.settings import Settings, SettingsError
 
 log = logging.getLogger(__name__)
@@ -114,7 +117,10 @@ def load_engine(folder: Path, settings: Settings, progress: Progress) -> tuple[E
         progress("sizing the cache", 0.0)
         num_blocks = count_blocks(model, settings, device, dtype, limits)
         engine_config = fit_to_cache(config, settings, limits, num_blocks)
-        engine = assemble(model, engine_config, device=device, dtype=dtype, threads=threads)
+        if settings.compile:
+            check_compilable(model, settings, device)
+            progress("compiling the decode step", 0.0)
+        engine = assemble(model, engine_config, device=device, dtype=dtype, threads=threads, compiles=settings.compile)
     except torch.OutOfMemoryError as error:
         size = gib(_planned_bytes(config, dtype, quantization, settings))
         where = f"--gpu-memory {gib(settings.gpu_memory)}" if settings.gpu_memory else _device_name(device)
@@ -154,10 +160,12 @@ def assemble(
     dtype: torch.dtype,
     threads: int = 1,
     recorder: Recorder | None = None,
+    compiles: bool = False,
 ) -> Engine:
     """An engine around a loaded model, with a cache as ``config`` says; on a CPU, steps use at most ``threads``.
 
-    ``recorder`` makes the recordings that ``config.graphs`` asks for; by default CUDA graphs, and none on a CPU.
+    ``recorder`` makes the recordings that ``config.graphs`` asks for; by default CUDA graphs, and none on a CPU. With
+    ``compiles`` the decode step is compiled, which raises SettingsError where it can't be.
     """
     kv = allocate_cache(model.config, config.num_blocks, config.block_size, device, dtype)
     blocks = BlockPool(config.num_blocks, caching=config.prefix_caching)
@@ -177,8 +185,36 @@ def assemble(
         ThreadChooser(threads),
         max_images_per_step=max_images,
         recorder=recorder,
+        compiled=_compile(model, kv, config) if compiles else None,
     )
     return Engine(runner, scheduler, blocks, config)
+
+
+def check_compilable(model: Vlm, settings: Settings, device: torch.device) -> None:
+    """Raises SettingsError for a model, or other settings, that ``--compile`` doesn't go with."""
+    why = refusal(model.decoder)
+    if device.type != "cpu":
+        why = f"the engine runs on {device}, which replays CUDA graphs instead"
+    elif settings.deterministic:
+        why = "a compiled step's arithmetic depends on how many answers run, which --deterministic forbids"
+    if why is not None:
+        raise SettingsError(f"--compile: this decoder can't be compiled: {why}. Leave out one of the two.")
+
+
+def _compile(model: Vlm, kv: KvPool, config: EngineConfig) -> CompiledDecoder:
+    began = time.monotonic()
+    try:
+        with ScratchFolder("compiled") as folder:
+            compiled = compile_decoder(
+                model.decoder, kv, folder, most_rows=config.max_running, most_len=config.max_model_len
+            )
+    except CompileError as error:
+        raise SettingsError(
+            f"--compile: the decode step could not be compiled ({error}). It needs a C++ compiler such as g++; without "
+            "one, leave --compile out."
+        ) from error
+    log.info("the decode step was compiled in %.0f s", time.monotonic() - began)
+    return compiled
 
 
 def choose_device(name: str) -> torch.device:

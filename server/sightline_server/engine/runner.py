@@ -19,6 +19,7 @@ from torch import Tensor
 from sightline_kernels.dispatch import Sample
 from sightline_kernels.sample.noise_ahead import NoiseAhead
 from sightline_kernels.sample.reference import sample
+from sightline_models.compiled_decoder import CompiledDecoder
 from sightline_models.images import Pixels
 from sightline_models.kv import KvPool
 from sightline_models.vlm import Vlm
@@ -83,10 +84,12 @@ class Runner:
         *,
         max_images_per_step: int,
         recorder: Recorder | None = None,
+        compiled: CompiledDecoder | None = None,
     ) -> None:
         """``kv`` holds one block more than ``config.num_blocks``: the last is scratch for padding rows.
 
-        With a ``recorder`` decode steps and image encoding are recorded here and replayed later.
+        With a ``recorder`` decode steps and image encoding are recorded here and replayed later. ``compiled``, made
+        for ``kv``, computes the steps that it takes.
         """
         self._model = model
         self._kv = kv
@@ -97,6 +100,7 @@ class Runner:
         self._sample = _sampler(model.decoder.kernels.sample, config, device)
         # The last row is for padding.
         self._tokens_R = torch.zeros(config.max_running + 1, dtype=torch.int64, device=device)
+        self._compiled = compiled
         self._decode_graphs: DecodeGraphs | None = None
         self._encoder_graphs: EncoderGraphs | None = None
         self.num_replayed = 0
@@ -162,8 +166,11 @@ class Runner:
         if self._decode_graphs is not None and self._decode_graphs.take(plan.slices):
             return [self._replay(self._decode_graphs, plan.slices)]
         batch = self._batch(plan.slices)
-        hidden_TD = self._forward(batch)
         sampling = [piece.sequence for piece in plan.slices if piece.samples]
+        if self._compiled is not None and self._is_plain_decode(batch) and self._compiled.takes(batch.layout):
+            self._look_up(batch)
+            return [self._draw(self._compiled.logits(batch.token_ids_T, batch.positions_T, batch.layout), sampling)]
+        hidden_TD = self._forward(batch)
         if not sampling:
             return []
         # Where every row is sampled from, they stand in order.
@@ -237,10 +244,19 @@ class Runner:
             row_invariant=self._config.deterministic,
         )
 
-    def _forward(self, batch: StepBatch) -> Tensor:
+    @staticmethod
+    def _is_plain_decode(batch: StepBatch) -> bool:
+        """Whether every row is a text token that another one is drawn after."""
+        return not batch.images and len(batch.sample_rows) == len(batch.token_ids_T)
+
+    def _look_up(self, batch: StepBatch) -> None:
+        """Fill in the tokens that only the device knows."""
         if batch.unknown is not None:
             rows, places = batch.unknown
             batch.token_ids_T.index_copy_(0, rows, self._tokens_R[places])
+
+    def _forward(self, batch: StepBatch) -> Tensor:
+        self._look_up(batch)
         hidden_TD = self._model.embed(batch.token_ids_T)
         for part in batch.images:
             encoded_LD = self._vision.get(part.key)
