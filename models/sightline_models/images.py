@@ -34,8 +34,9 @@ __all__ = [
 
 Pixels = NDArray[np.uint8]
 
-# Most pixels of any picture made on the way. A narrow strip grows enormously when its short edge is scaled up or it is
-# padded to a square, so a limit on the file's own size is not enough.
+# Most pixels of any picture made on the way: so many times its own, or so many. A narrow strip grows enormously when its
+# short edge is scaled up or it is padded to a square, so a limit on the file's own size is not enough.
+MOST_GROWTH, FREE_WORK_PIXELS = 4, 16_000_000
 MAX_WORK_PIXELS = 100_000_000
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -123,11 +124,12 @@ def _resized_size(image: Image.Image, config: PreprocessConfig) -> tuple[int, in
 
 
 def _check_work(image: Image.Image, size: tuple[int, int]) -> None:
-    if size[0] * size[1] > MAX_WORK_PIXELS:
+    allowed = min(MAX_WORK_PIXELS, max(FREE_WORK_PIXELS, MOST_GROWTH * image.width * image.height))
+    if size[0] * size[1] > allowed:
         raise ImageError(
             "image_aspect_ratio",
             f"The image is {image.width} x {image.height} pixels: preparing one so narrow would take "
-            f"{size[1]} x {size[0]} pixels, more than the {MAX_WORK_PIXELS} allowed. Crop it, or cut it into several.",
+            f"{size[1]} x {size[0]} pixels, more than the {allowed} allowed. Crop it, or cut it into several.",
         )
 
 

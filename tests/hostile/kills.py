@@ -48,6 +48,13 @@ class Round:
         return f"{self.signal.name} to {self.target}: ready in {self.ready_s:.1f} s of {self.took_s:.1f}; {ends}"
 
 
+def is_gone(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 class Killer:
     def __init__(self, http: httpx.AsyncClient, pid: int, model: str, seed: int, ready_s: float) -> None:
         self._http = http
@@ -126,8 +133,11 @@ class Killer:
         """Waits for the victim's end, for `/ready`, and for as many processes as there were."""
         deadline = time.monotonic() + ANSWER_S
         while time.monotonic() < deadline:
-            gone = not victim.is_running() or victim.status() == psutil.STATUS_ZOMBIE
-            if gone and (await self._http.get("/ready")).status_code == 200 and self.processes() == self._shape:
+            if (
+                is_gone(victim)
+                and (await self._http.get("/ready")).status_code == 200
+                and self.processes() == self._shape
+            ):
                 return
             # One that has nothing to do is missed when it is needed.
             if made.target != ENGINE:

@@ -289,6 +289,19 @@ PREPARATIONS = {
 }
 
 
+@pytest.mark.parametrize(("kind", "most"), [("cropped", (20, 34_000)), ("padded", (4_000, 20))])
+def test_I12_few_pixels_do_not_become_many(kind: str, most: tuple[int, int]) -> None:
+    """Each of these files is a few hundred bytes."""
+    prepare(Image.new("RGB", most), PREPARATIONS[kind])
+    for size in ((3, 32_514), (32_514, 3), (4_100, 20)):
+        if kind == "cropped" and min(size) == 20:
+            continue
+        began = time.process_time()
+        with pytest.raises(ImageError, match="more than the 16000000 allowed"):
+            prepare(Image.new("RGB", size), PREPARATIONS[kind])
+        assert time.process_time() - began < 0.2
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (5, 1), (1, 900), (900, 1), (1, 65_535), (65_535, 1)])
 @pytest.mark.parametrize("kind", PREPARATIONS)
 def test_I12_narrow_pictures_are_prepared_or_refused(kind: str, size: tuple[int, int]) -> None:

@@ -203,12 +203,20 @@ def test_the_deterministic_row_differs_by_its_flag_alone() -> None:
     like = Tried("bfloat16", "1", 9.0)
     made = systems.ours_deterministic(Path("there"), [], like)
     assert (made.settings, made.threads, made.concurrencies) == (("bfloat16",), ("1",), (8,))
+    for compiled, plain in ((systems.COMPILED, "default"), (systems.COMPILED_TWO, systems.TWO_ENGINES)):
+        assert systems.ours_deterministic(Path("there"), [], Tried("bfloat16", compiled, 9.0)).threads == (plain,)
     assert Choice(made).best is None
 
 
 @pytest.mark.parametrize(
     ("threads", "flags"),
-    [("default", []), ("1", ["--threads", "1"]), (systems.TWO_ENGINES, ["--engines", "2"])],
+    [
+        ("default", []),
+        ("1", ["--threads", "1"]),
+        (systems.TWO_ENGINES, ["--engines", "2"]),
+        (systems.COMPILED, ["--compile"]),
+        (systems.COMPILED_TWO, ["--engines", "2", "--compile"]),
+    ],
 )
 def test_threads_and_engines_are_told_to_our_server(
     threads: str, flags: list[str], monkeypatch: pytest.MonkeyPatch
@@ -222,17 +230,26 @@ def test_threads_and_engines_are_told_to_our_server(
 
     monkeypatch.setattr(systems, "running", running)
     for made in (systems.ours(Path("there"), []), systems.ours_int8(Path("there"), [])):
-        assert threads in made.threads
+        if threads not in made.threads:
+            assert (made.quantize, flags[-1]) == ("int8", "--compile")
+            continue
         with made.start("bfloat16", threads):
             command = started.pop()
         told = command[command.index("bfloat16") + 1 :]
         assert told[: len(flags)] == flags
-        assert ("--engines" in told) == (threads == systems.TWO_ENGINES)
+        assert ("--engines" in told) == ("2 engines" in threads)
+        assert ("--compile" in told) == ("compiled" in threads)
 
 
 def test_a_row_says_what_its_server_was_started_with() -> None:
     told = {threads: tables.started_with({"setting": "bfloat16", "threads": threads}) for threads in OUR_THREADS}
-    assert told == {"default": "bfloat16", "1": "bfloat16, 1 thread", "2 engines": "bfloat16, 2 engines"}
+    assert told == {
+        "default": "bfloat16",
+        "1": "bfloat16, 1 thread",
+        "2 engines": "bfloat16, 2 engines",
+        "compiled": "bfloat16, compiled",
+        "compiled, 2 engines": "bfloat16, compiled, 2 engines",
+    }
     assert tables.started_with({"setting": "auto", "threads": "4"}) == "the checkpoint's precision, 4 threads"
 
 
