@@ -30,9 +30,11 @@ from benchmarks.systems import (
     CONCURRENCIES,
     Choice,
     System,
+    can_compile,
     choose,
     llamas,
     ours,
+    ours_compiled,
     ours_defaults,
     ours_deterministic,
     ours_int8,
@@ -129,6 +131,8 @@ class Comparison:
         self._reference = gate.ask_reference(folder, kinds)
         chosen = self._choose(base)
         self._choose(int8)
+        if can_compile():
+            self._choose(ours_compiled(folder, self._plan.serve_flags))
         self._choose(ours_defaults(folder, self._plan.serve_flags))
         if chosen.best is None:
             self._say("[bold red]Sightline failed the gate: nothing is compared[/]")

@@ -5,7 +5,8 @@ Knows servers and their flags. Knows nothing of rounds, figures or pages.
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,17 +24,9 @@ DEFAULT = "default"
 """Threads as a server chooses them by itself."""
 TWO_ENGINES = "2 engines"
 """Ours with ``--engines 2``, which divide the cores: another choice of threads."""
-COMPILED, COMPILED_TWO = "compiled", "compiled, 2 engines"
-"""Ours with ``--compile``; int8 weights can't be."""
-OUR_INT8_THREADS = (DEFAULT, "1", TWO_ENGINES)
-OUR_THREADS = (*OUR_INT8_THREADS, COMPILED, COMPILED_TWO)
-_FLAGS: Mapping[str, Sequence[str]] = {
-    DEFAULT: (),
-    TWO_ENGINES: ("--engines", "2"),
-    COMPILED: ("--compile",),
-    COMPILED_TWO: ("--engines", "2", "--compile"),
-}
-INT8, DEFAULTS, DETERMINISTIC = "ours-int8", "ours-defaults", "ours-deterministic"
+OUR_THREADS = (DEFAULT, "1", TWO_ENGINES)
+INT8, COMPILED, DEFAULTS = "ours-int8", "ours-compiled", "ours-defaults"
+DETERMINISTIC = "ours-deterministic"
 
 Start = Callable[[str, str], AbstractContextManager[Server]]
 """A server, from a setting (a precision or a file's name) and a choice of threads."""
@@ -154,8 +147,23 @@ def ours_int8(folder: Path, serve_flags: Sequence[str]) -> System:
         "Sightline `--quantize int8`",
         _sightline(folder, [*serve_flags, "--quantize", "int8"]),
         PRECISIONS,
-        threads=OUR_INT8_THREADS,
+        threads=OUR_THREADS,
         quantize="int8",
+        gated=True,
+    )
+
+
+def can_compile() -> bool:
+    return shutil.which("g++") is not None
+
+
+def ours_compiled(folder: Path, serve_flags: Sequence[str]) -> System:
+    """Started one way for each precision: compiling takes a minute."""
+    return System(
+        COMPILED,
+        "Sightline `--compile`",
+        _sightline(folder, [*serve_flags, "--compile"]),
+        PRECISIONS,
         gated=True,
     )
 
@@ -172,14 +180,13 @@ def ours_defaults(folder: Path, serve_flags: Sequence[str]) -> System:
 
 
 def ours_deterministic(folder: Path, serve_flags: Sequence[str], like: Tried) -> System:
-    """The same as the one that competes, but for the flag: what the flag costs. It doesn't go with a compiled step."""
-    uncompiled = {COMPILED: DEFAULT, COMPILED_TWO: TWO_ENGINES}
+    """The same as the one that competes, but for the flag: what the flag costs."""
     return System(
         DETERMINISTIC,
         "Sightline `--deterministic`",
         _sightline(folder, [*serve_flags, "--deterministic"]),
         (like.setting,),
-        threads=(uncompiled.get(like.threads, like.threads),),
+        threads=(like.threads,),
         concurrencies=(8,),
         few_requests=True,
         gated=True,
@@ -231,7 +238,7 @@ def _sightline(folder: Path, flags: Sequence[str]) -> Start:
     @contextlib.contextmanager
     def start(setting: str, threads: str) -> Iterator[Server]:
         port = free_port()
-        told = _FLAGS.get(threads, ("--threads", threads))
+        told = {DEFAULT: [], TWO_ENGINES: ["--engines", "2"]}.get(threads, ["--threads", threads])
         command = sightline_command(port, str(folder), "--device", "cpu", "--dtype", setting, *told, *flags)
         with running("sightline", command, port=port, ready_path="/ready") as server:
             yield server

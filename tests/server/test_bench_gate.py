@@ -203,20 +203,12 @@ def test_the_deterministic_row_differs_by_its_flag_alone() -> None:
     like = Tried("bfloat16", "1", 9.0)
     made = systems.ours_deterministic(Path("there"), [], like)
     assert (made.settings, made.threads, made.concurrencies) == (("bfloat16",), ("1",), (8,))
-    for compiled, plain in ((systems.COMPILED, "default"), (systems.COMPILED_TWO, systems.TWO_ENGINES)):
-        assert systems.ours_deterministic(Path("there"), [], Tried("bfloat16", compiled, 9.0)).threads == (plain,)
     assert Choice(made).best is None
 
 
 @pytest.mark.parametrize(
     ("threads", "flags"),
-    [
-        ("default", []),
-        ("1", ["--threads", "1"]),
-        (systems.TWO_ENGINES, ["--engines", "2"]),
-        (systems.COMPILED, ["--compile"]),
-        (systems.COMPILED_TWO, ["--engines", "2", "--compile"]),
-    ],
+    [("default", []), ("1", ["--threads", "1"]), (systems.TWO_ENGINES, ["--engines", "2"])],
 )
 def test_threads_and_engines_are_told_to_our_server(
     threads: str, flags: list[str], monkeypatch: pytest.MonkeyPatch
@@ -230,26 +222,32 @@ def test_threads_and_engines_are_told_to_our_server(
 
     monkeypatch.setattr(systems, "running", running)
     for made in (systems.ours(Path("there"), []), systems.ours_int8(Path("there"), [])):
-        if threads not in made.threads:
-            assert (made.quantize, flags[-1]) == ("int8", "--compile")
-            continue
+        assert threads in made.threads
         with made.start("bfloat16", threads):
             command = started.pop()
         told = command[command.index("bfloat16") + 1 :]
         assert told[: len(flags)] == flags
-        assert ("--engines" in told) == ("2 engines" in threads)
-        assert ("--compile" in told) == ("compiled" in threads)
+        assert ("--engines" in told) == (threads == systems.TWO_ENGINES)
+
+
+def test_the_compiled_row_differs_by_its_flag_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = systems.ours_compiled(Path("there"), ["--block-size", "8"])
+    assert (made.settings, made.threads, made.quantize, made.gated) == (systems.PRECISIONS, ("default",), "none", True)
+    started: list[list[str]] = []
+
+    @contextlib.contextmanager
+    def running(_name: str, command: list[str], **_options: Any) -> Iterator[None]:
+        started.append(command)
+        yield
+
+    monkeypatch.setattr(systems, "running", running)
+    with made.start("bfloat16", "default"):
+        assert started[0][-3:] == ["--block-size", "8", "--compile"]
 
 
 def test_a_row_says_what_its_server_was_started_with() -> None:
     told = {threads: tables.started_with({"setting": "bfloat16", "threads": threads}) for threads in OUR_THREADS}
-    assert told == {
-        "default": "bfloat16",
-        "1": "bfloat16, 1 thread",
-        "2 engines": "bfloat16, 2 engines",
-        "compiled": "bfloat16, compiled",
-        "compiled, 2 engines": "bfloat16, compiled, 2 engines",
-    }
+    assert told == {"default": "bfloat16", "1": "bfloat16, 1 thread", "2 engines": "bfloat16, 2 engines"}
     assert tables.started_with({"setting": "auto", "threads": "4"}) == "the checkpoint's precision, 4 threads"
 
 
@@ -290,6 +288,8 @@ def fake_world(monkeypatch: pytest.MonkeyPatch) -> FakeBench:
     monkeypatch.setattr(gate, "judge_server", lambda *_, **__: Verdict(True, "answers agree"))
     monkeypatch.setattr(suite, "ours", lambda *_: system("ours"))
     monkeypatch.setattr(suite, "ours_int8", lambda *_: system("ours-int8", quantize="int8"))
+    monkeypatch.setattr(suite, "can_compile", lambda: True)
+    monkeypatch.setattr(suite, "ours_compiled", lambda *_: system("ours-compiled"))
     monkeypatch.setattr(suite, "ours_defaults", lambda *_: system("ours-defaults", settings=("float32",)))
     only = {"settings": ("float32",), "threads": ("1",), "concurrencies": (8,), "deterministic": True}
     monkeypatch.setattr(suite, "ours_deterministic", lambda *_: system("ours-deterministic", **only))
@@ -307,7 +307,7 @@ def test_rounds_run_in_opposite_order_and_ours_is_asked_twice(fake_world: FakeBe
     (model,) = told["models"]
     assert (code, model["passed"], told["format"]) == (0, True, 2)
     order = [(row["system"], row["round"]) for row in model["loads"] if row["concurrency"] == 8]
-    first = ["ours", "ours-int8", "ours-defaults", "ours-deterministic", "ours-again"]
+    first = ["ours", "ours-int8", "ours-compiled", "ours-defaults", "ours-deterministic", "ours-again"]
     assert order == [*((name, 0) for name in first), *((name, 1) for name in reversed(first))]
     assert {row["concurrency"] for row in model["loads"] if row["system"] == "ours-deterministic"} == {8}
     assert {row["concurrency"] for row in model["loads"] if row["system"] == "ours"} == {1, 8, 32}
