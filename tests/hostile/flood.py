@@ -24,6 +24,8 @@ ANSWER_S = 60.0
 UNANSWERED_S = 0.05
 GROWTH = 0.02
 """Of memory, over the last tenth of the requests."""
+PATIENCE_S = 75.0
+"""Longer than a body may take (``--body-timeout-s``)."""
 MAX_TOLD = 20
 
 
@@ -100,11 +102,16 @@ def _shares(count: int, parts: int) -> Iterator[int]:
     return (count // parts + (number < count % parts) for number in range(parts))
 
 
-async def _settled(pid: int, before: Holdings | None, patience_s: float = 15.0) -> Holdings:
-    """What the server holds once connections that were left half open are closed again."""
+async def _settled(pid: int, before: Holdings | None, patience_s: float = PATIENCE_S) -> Holdings:
+    """What the server holds once connections that were left half open are closed again, and bodies that came over them
+    are given up; what stays for ``patience_s`` is there to stay."""
     deadline = time.monotonic() + patience_s
     held = holdings(pid)
-    while before is not None and held.descriptors > before.descriptors and time.monotonic() < deadline:
+    while before is not None and _is_more(held, before) and time.monotonic() < deadline:
         await asyncio.sleep(0.25)
         held = holdings(pid)
     return held
+
+
+def _is_more(held: Holdings, before: Holdings) -> bool:
+    return held.descriptors > before.descriptors or held.resident > before.resident * (1 + GROWTH / 2)
