@@ -13,7 +13,11 @@ from sightline_server.engine.engine import Engine
 from sightline_server.engine.load import check_compilable
 from sightline_server.settings import Settings, SettingsError, replace
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler here")
+# Compiling takes as long as the machine lets it.
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler here"),
+    pytest.mark.timeout(600),
+]
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,8 @@ from sightline_models.vlm import Vlm
 from sightline_models.weights import random_vlm
 
 BLOCK, BLOCKS, MOST_ROWS, MOST_LEN = 16, 300, 12, 400
+# Compiling takes as long as the machine lets it.
+pytestmark = pytest.mark.timeout(600)
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler here")
 
 
