@@ -133,7 +133,7 @@ def _quietly_in(folder: Path) -> Iterator[None]:
     A program that runs needs no file any more.
     """
     changed = {"TMPDIR": str(folder), "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
-    before = {name: os.environ.get(name) for name in changed}
+    before = os.environ.copy()
     told = logging.getLogger("torch")
     level, temporary = told.level, tempfile.tempdir
     os.environ.update(changed)
@@ -147,11 +147,9 @@ def _quietly_in(folder: Path) -> Iterator[None]:
     finally:
         told.setLevel(level)
         tempfile.tempdir = temporary
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        for name in changed:
+            os.environ.pop(name)
+        os.environ.update(before)
 
 
 class _DecodeStep(nn.Module):
