@@ -108,6 +108,8 @@ def _program(step: "_DecodeStep", kv: KvPool, folder: Path, rows: int, most_rows
     options = {
         # Weights are put in oneDNN's order, once.
         "freezing": rows > 1,
+        # They would be kept for the next time, and hashed by a program that a machine may lack.
+        "aot_inductor.precompile_headers": False,
         # No pool of processes that outlives this.
         "compile_threads": 1,
         # The engine changes its threads from step to step.

@@ -36,7 +36,7 @@ Pixels = NDArray[np.uint8]
 
 # Most pixels of any picture made on the way: so many times its own, or so many. A narrow strip grows enormously when
 # its short edge is scaled up or it is padded to a square, so a limit on the file's own size is not enough.
-MOST_GROWTH, FREE_WORK_PIXELS = 4, 16_000_000
+MOST_GROWTH, FREE_WORK_PIXELS = 12, 16_000_000
 MAX_WORK_PIXELS = 100_000_000
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

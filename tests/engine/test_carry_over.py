@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import time
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from supervised import MakeEngine, collect, ends_of, eventually, no_pixels, requ
 from worker_engines import CRASH_TOKEN, LATE_CRASH_TOKEN
 
 from sightline_server.engine.client import EngineProcess
+from sightline_server.engine.suspects import Suspects
 from sightline_server.engine.types import FinishReason
 from sightline_server.errors import Unavailable
 from sightline_server.settings import Settings, replace
@@ -86,6 +88,12 @@ async def test_E4_a_request_that_crashes_late_is_found_out_when_its_client_sends
     assert codes == ["engine_restarting", "request_crashed_engine"]
     with pytest.raises(Unavailable, match="each time"):
         await collect(engine, request("late", tokens=(LATE_CRASH_TOKEN,)))
+
+
+def test_E4_engines_share_what_they_know_of_suspects(tmp_path: Path) -> None:
+    suspects = Suspects(time.monotonic)
+    engines = [EngineProcess(tmp_path, Settings(), suspects=suspects) for _ in range(2)]
+    assert all(engine._flights.suspects is suspects for engine in engines)
 
 
 async def test_E4_requests_do_not_wait_for_an_engine_that_stays_away(make_engine: MakeEngine, tmp_path: Path) -> None:

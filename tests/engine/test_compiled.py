@@ -98,3 +98,19 @@ def test_settings_that_it_does_not_go_with_are_named(tiny: Vlm, changes: dict[st
     settings = replace(Settings(), compile=True, **changes)
     with pytest.raises(SettingsError, match=why):
         check_compilable(tiny, settings, torch.device("cpu" if settings.device == "auto" else settings.device))
+
+
+def test_E3_a_program_that_fails_is_given_up_and_every_answer_comes(
+    tiny: Vlm, compiled: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    album = Album()
+    requests = requests_of(tiny, album, 6)
+    expected = told(run(make_engine(tiny), requests, album))
+
+    def failing(*_: Any) -> torch.Tensor:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(compiled._runner, "_compiled", compiled._runner._compiled)
+    monkeypatch.setattr(compiled._runner._compiled, "logits", failing)
+    assert told(run(compiled, requests, album)) == expected
+    assert compiled._runner._compiled is None

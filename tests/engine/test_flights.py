@@ -87,24 +87,38 @@ def test_E4_what_was_in_two_crashes_goes_in_small_company_and_then_alone() -> No
             line.note_token(flight)
         lost, refused = line.crash()
         assert (len(lost), refused) == (len(wanted), [])
-    hold(line, *wanted, 100)
+    # Sent again among new ones, which are passed over once.
+    for name in wanted:
+        hold(line, name, 100 + name)
     company = line.board()
     assert names(company) == [f"r{name}" for name in wanted[:MOST_COMPANY]]
-    for flight in company:
+    for flight in company[1:]:
         line.note_token(flight)
+    # One ends well, and nobody takes its place: else those that were passed over might wait for ever.
+    line.land("r1")
+    line.suspects.clear(company[1].fingerprint)
     assert line.board() == []
-    # One ends well, and another takes its place.
-    line.land("r0")
-    line.suspects.clear(company[0].fingerprint)
-    assert names(line.board()) == [f"r{MOST_COMPANY}"]
     lost, refused = line.crash()
-    assert (len(lost), refused) == (MOST_COMPANY - 1, [])
+    assert (len(lost), refused) == (MOST_COMPANY - 2, [])
     # The one that had not begun goes alone; the others of its company would, were they sent again.
-    assert names(line.board()) == [f"r{MOST_COMPANY}"]
-    assert [line.suspects.crashes(flight.fingerprint) for flight in company[1:]] == [ALONE_AFTER] * (MOST_COMPANY - 1)
-    line.land(f"r{MOST_COMPANY}")
-    # What was in no crash since goes in company still, and nothing new beside it.
-    assert names(line.board()) == [f"r{name}" for name in wanted[MOST_COMPANY + 1 :]]
+    assert names(line.board()) == ["r0"]
+    assert {line.suspects.crashes(flight.fingerprint) for flight in (company[0], *company[2:])} == {ALONE_AFTER}
+    line.land("r0")
+    passed_over = names(line.board())
+    assert passed_over == [f"r{100 + name}" for name in wanted[:MOST_COMPANY]]
+    for name in passed_over:
+        line.land(name)
+    assert names(line.board()) == [f"r{name}" for name in wanted[MOST_COMPANY:]]
+
+
+def test_E4_what_another_engine_found_guilty_goes_alone() -> None:
+    suspects = Suspects(Clock())
+    line = Flights(suspects)
+    (held,) = hold(line, 1)
+    for _ in range(2):
+        suspects.note_crash([held.fingerprint])
+    hold(line, 2)
+    assert names(line.board()) == ["r1"]
 
 
 def test_E4_a_caller_that_leaves_a_hung_request_leaves_the_blame_with_it() -> None:

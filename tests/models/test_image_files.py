@@ -289,6 +289,13 @@ PREPARATIONS = {
 }
 
 
+@pytest.mark.parametrize("size", [(600, 6_000), (1_080, 6_000), (5_000, 1_000), (4_096, 512)])
+def test_I12_long_pictures_as_people_have_them_are_taken(size: tuple[int, int]) -> None:
+    """Receipts, scrolled screens, panoramas and banners."""
+    for config in PREPARATIONS.values():
+        assert prepare(Image.new("RGB", size), config).pixels.shape == (96, 96, 3)
+
+
 @pytest.mark.parametrize(("kind", "most"), [("cropped", (20, 34_000)), ("padded", (4_000, 20))])
 def test_I12_few_pixels_do_not_become_many(kind: str, most: tuple[int, int]) -> None:
     """Each of these files is a few hundred bytes."""

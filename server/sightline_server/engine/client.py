@@ -137,7 +137,8 @@ class EngineProcess(EngineClient):
         self._patience = patience or Patience.of(settings)
         self._child: ChildProcess | None = None
         self._supervisor: asyncio.Task[None] | None = None
-        self._flights = Flights(suspects or Suspects(time.monotonic))
+        # One that remembers nothing yet is false.
+        self._flights = Flights(Suspects(time.monotonic) if suspects is None else suspects)
         self._not_back: asyncio.TimerHandle | None = None
         self._ready = False
         self._ready_at: float | None = None
@@ -325,6 +326,9 @@ class EngineProcess(EngineClient):
         if self._not_back is None:
             # With no time to wait, before anybody else gets a turn.
             wait_s = self._settings.restart_wait_s
+            if wait_s and self._info is not None:
+                # What took long to load once takes long again.
+                wait_s = max(wait_s, 2 * self._info.load_seconds)
             give_up = partial(self._end_flights, "engine_restarting", NOT_BACK)
             if wait_s == 0:
                 give_up()

@@ -94,18 +94,29 @@ class Flights:
 
         One that was in a crash goes when all that the engine has have begun, and nothing follows it until it has, too.
         What crashes the engine later is among those that were in two: they go a few at a time, and then one by one.
+        A company is made of all that wait, so that those between them wait for one company and not for many.
         """
-        boarding = []
-        while self._held:
-            flight = next(iter(self._held.values()))
-            probation = _probation(self.suspects.crashes(flight.fingerprint)) if self.suspects else Probation.NONE
-            if not self._may_join(probation):
+        boarding: list[Flight] = []
+        is_forming = not self._aboard
+        for flight in list(self._held.values()):
+            probation = self._probation_of(flight)
+            if self._may_join(probation) and (is_forming or probation is not Probation.COMPANY):
+                flight.probation = probation
+                del self._held[flight.request.id]
+                self._aboard[flight.request.id] = flight
+                boarding.append(flight)
+            elif not (boarding and boarding[0].probation is Probation.COMPANY):
                 break
-            flight.probation = probation
-            del self._held[flight.request.id]
-            self._aboard[flight.request.id] = flight
-            boarding.append(flight)
         return boarding
+
+    def _probation_of(self, flight: Flight) -> Probation:
+        if not self.suspects:
+            return Probation.NONE
+        crashes = self.suspects.crashes(flight.fingerprint)
+        # One that another engine has found guilty since it was held.
+        if crashes >= ALONE_AFTER or self.suspects.is_guilty(flight.fingerprint):
+            return Probation.ALONE
+        return (Probation.NONE, Probation.FIRST_TOKEN, Probation.COMPANY)[crashes]
 
     def _may_join(self, probation: Probation) -> bool:
         aboard = self._aboard.values()
@@ -164,9 +175,3 @@ class Flights:
         for flight in flights:
             self.land(flight.request.id)
         return flights
-
-
-def _probation(crashes: int) -> Probation:
-    if crashes >= ALONE_AFTER:
-        return Probation.ALONE
-    return (Probation.NONE, Probation.FIRST_TOKEN, Probation.COMPANY)[crashes]

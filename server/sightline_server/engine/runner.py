@@ -6,6 +6,7 @@ Knows no waiting line and no request's end. Suffixes: R rows of the token pool, 
 
 import contextlib
 import functools
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -38,6 +39,8 @@ from sightline_server.engine.types import (
     StepPlan,
 )
 from sightline_server.engine.vision_cache import VisionCache
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,14 @@ class Runner:
         sampling = [piece.sequence for piece in plan.slices if piece.samples]
         if self._compiled is not None and self._is_plain_decode(batch) and self._compiled.takes(batch.layout):
             self._look_up(batch)
-            return [self._draw(self._compiled.logits(batch.token_ids_T, batch.positions_T, batch.layout), sampling)]
+            try:
+                logits_SV = self._compiled.logits(batch.token_ids_T, batch.positions_T, batch.layout)
+            except Exception:
+                # A trial reads prompts again, which the program has no part in: it would never be found out.
+                log.error("the compiled decode step failed, and isn't used any more")
+                self._compiled = None
+                raise
+            return [self._draw(logits_SV, sampling)]
         hidden_TD = self._forward(batch)
         if not sampling:
             return []
