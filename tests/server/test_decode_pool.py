@@ -173,6 +173,20 @@ async def test_O5_a_picture_that_nobody_waits_for_any_more_is_not_decoded(pool: 
     assert pool.decoded_total == 3
 
 
+async def test_O5_whoever_sends_a_picture_again_as_the_last_one_leaves_gets_it(pool: DecodePool) -> None:
+    first = asyncio.create_task(pool.read(slow_png()))
+    await asyncio.sleep(0.05)
+    leaving = asyncio.create_task(pool.read(png(picture(1))))
+    await asyncio.sleep(0.05)
+    leaving.cancel()
+    # In the moment in which what was done for the one that left is being called off.
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    assert (await pool.read(png(picture(1)))).num_tokens
+    await first
+    assert pool._waiters == pool._running == {}
+
+
 async def test_E4_a_stopped_worker_is_replaced_and_the_image_still_read(pool: DecodePool) -> None:
     (pid,) = pool.worker_pids()
     os.kill(pid, signal.SIGSTOP)

@@ -115,6 +115,9 @@ def _is_better_whole(x_RI: Tensor, codes_OI: Tensor) -> bool:
     if codes_OI.is_mkldnn or x_RI.dtype == torch.float16:
         # float16 has no room for a sum that is yet to be multiplied by its scale.
         return False
+    if x_RI.dtype == torch.bfloat16 and x_RI.shape[1] % _DOT_WIDTH:
+        # Tiles of AMX go on into the next row, and an infinity there times the zero that stands beside is no number.
+        return False
     rows, weights = x_RI.shape[0], codes_OI.numel()
     if x_RI.dtype == torch.float32:
         return weights * (rows + 3) <= _SMALL_PRODUCTS

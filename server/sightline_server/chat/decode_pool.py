@@ -257,14 +257,19 @@ class DecodePool:
             if not self._waiters[key]:
                 del self._waiters[key]
                 if key not in self._at_work:
-                    # The last one left: others' pictures need not wait for it.
+                    # The last one left: others' pictures need not wait for it. Nobody may join it any more.
                     task.cancel()
+                    self._forget(key, task)
 
     def _finished(self, key: bytes, task: asyncio.Task[_Decoded]) -> None:
-        del self._running[key]
+        self._forget(key, task)
         if not task.cancelled():
             # Every caller may have left: an exception that nobody looks at would be logged as forgotten.
             task.exception()
+
+    def _forget(self, key: bytes, task: asyncio.Task[_Decoded]) -> None:
+        if self._running.get(key) is task:
+            del self._running[key]
 
     async def _decode(self, key: bytes, data: bytes) -> _Decoded:
         for _ in range(_ATTEMPTS):
