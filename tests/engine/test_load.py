@@ -1,6 +1,8 @@
 """How a cache is sized and a GPU made ready, shown without a GPU."""
 
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -183,3 +185,28 @@ def test_fused_kernels_where_they_cannot_run_are_refused_by_the_settings_name(ti
         assert load.choose_kernels(Settings(kernels=mode), tiny.config, cpu, torch.float32, "int8") is REFERENCES
     with pytest.raises(SettingsError, match=r"^--kernels fused: .*this is a CPU\. Use --kernels auto\.$"):
         load.choose_kernels(Settings(kernels="fused"), tiny.config, cpu, torch.float32, "none")
+
+
+_LOADS_AND_ANSWERS = """
+import sys
+from pathlib import Path
+
+from sightline_models.presets import demo_checkpoint
+from sightline_server.engine.load import load_engine
+from sightline_server.engine.types import Prompt, Request, SamplingParams
+from sightline_server.settings import Settings
+
+engine, info = load_engine(demo_checkpoint(), Settings(device="cpu", quantize="{quantize}"), lambda stage, share: None)
+engine.add(Request(id="first", prompt=Prompt((20, 21, 22)), sampling=SamplingParams(max_tokens=2, logprobs=True)))
+while engine.has_work:
+    engine.step()
+print([name for name in ("torch._dynamo", "torch._inductor") if name in sys.modules])
+"""
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8", "nf4"])
+def test_an_engine_that_compiles_nothing_does_not_import_the_compiler(quantize: str) -> None:
+    # It takes as long as all the rest of torch, and an engine that died is missed meanwhile.
+    code = _LOADS_AND_ANSWERS.format(quantize=quantize)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr

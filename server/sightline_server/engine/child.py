@@ -47,7 +47,7 @@ class Patience:
     """Without any message once it is loaded; a thread of its own beats once a second."""
     loading_silence_s: float = 300.0
     """The same while it loads: libraries that hold up every thread come from slow disks then."""
-    stopped_s: float = 3.0
+    stopped_s: float = 2.0
     """Stopped by a signal (SIGSTOP), while the process that watches it runs."""
     cpu_step_s: float = 600.0
     """Within one step on a CPU, where the prompt of a large model takes minutes."""
