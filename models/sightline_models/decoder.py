@@ -27,7 +27,8 @@ class Decoder(nn.Module):
         self.config = config
         self.kernels = kernels
         # Of no values, like all layers here. Drawing some for it on "meta" would import the whole of torch's compiler.
-        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size))
+        empty_VW = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=empty_VW)
         self.layers = nn.ModuleList(DecoderLayer(config, kernels) for _ in range(config.num_layers))
         self.norm = RmsNorm(config, kernels)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)

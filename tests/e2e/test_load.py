@@ -8,7 +8,6 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,6 +15,7 @@ import numpy as np
 import psutil
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
+from tracer import IS_TRACED
 
 StartServer = Callable[..., Any]
 
@@ -211,5 +211,5 @@ def test_a_second_question_about_pictures_is_answered_from_the_caches(
         _, cold, _ = first_token_s(uncached, body("And who made it, and why?", *looks, **common))
         assert text == cold
     # Under a tracer (scripts/no_egress) every call of a socket takes long, of the first answer and of the second.
-    if "TracerPid:\t0\n" in Path("/proc/self/status").read_text():
+    if not IS_TRACED:
         assert statistics.median(seconds) <= statistics.median(firsts) / 3, f"first {firsts}, second {seconds}"

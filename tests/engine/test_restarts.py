@@ -24,6 +24,7 @@ from supervised import (
     started,
     tokens_of,
 )
+from tracer import needs_stops
 from worker_engines import CRASH_TOKEN, HANG_TOKEN
 
 from sightline_server.engine import child
@@ -73,6 +74,7 @@ async def test_E4_an_exception_in_a_step_restarts_the_process(make_engine: MakeE
     assert "planted crash" in capfd.readouterr().err
 
 
+@needs_stops
 async def test_E4_a_stopped_process_is_noticed_and_replaced(make_engine: MakeEngine) -> None:
     engine = await started(make_engine("counting"))
     first = engine.pid
@@ -88,6 +90,7 @@ async def test_E4_a_stopped_process_is_noticed_and_replaced(make_engine: MakeEng
     assert time.monotonic() - began < 9.5
 
 
+@needs_stops
 async def test_E4_a_process_stopped_while_it_loads_is_replaced_too(make_engine: MakeEngine) -> None:
     engine = await started(make_engine("counting", patience=Patience(stopped_s=1.0)))
     first = engine.pid

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 import pytest_asyncio
 import uvloop
 from PIL import Image
+from tracer import needs_stops
 
 from sightline_models.config import read_config
 from sightline_models.images import ImageError, PreprocessConfig, prepare, read_preprocess_config
@@ -187,6 +189,7 @@ async def test_O5_whoever_sends_a_picture_again_as_the_last_one_leaves_gets_it(p
     assert pool._waiters == pool._running == {}
 
 
+@needs_stops
 async def test_E4_a_stopped_worker_is_replaced_and_the_image_still_read(pool: DecodePool) -> None:
     (pid,) = pool.worker_pids()
     os.kill(pid, signal.SIGSTOP)
@@ -354,6 +357,7 @@ def test_workers_end_with_the_process_that_started_them() -> None:
     )
     loader = (
         "import importlib.util, sys\n"
+        f"sys.path.append({str(Path(__file__).parents[1])!r})\n"
         f"spec = importlib.util.spec_from_file_location('tests_pool', {__file__!r})\n"
         "sys.modules['tests_pool'] = module = importlib.util.module_from_spec(spec)\n"
         "spec.loader.exec_module(module)\n"

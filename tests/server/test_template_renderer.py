@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import pytest
 from text_checkpoints import write_text_checkpoint
+from tracer import needs_stops
 
 from sightline_models.chat_template import (
     MAX_EXTRA_CHARACTERS,
@@ -182,7 +183,7 @@ def test_E15_output_is_at_most_four_times_the_input_and_a_million() -> None:
         beyond.render([user("go")])
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=needs_stops)])
 def test_E4_processes_that_are_gone_or_stopped_are_replaced(renderer: TemplateRenderer, number: signal.Signals) -> None:
     expected = renderer.render([user("Hi")])
     before = renderer.process_ids()
