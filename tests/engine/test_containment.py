@@ -22,7 +22,7 @@ MODES: dict[str, dict[str, Any]] = {
     "late-and-recorded": {"overlap": True, "graphs": True},
 }
 USUAL = ("plain", "late-and-strict", "late-and-recorded")
-BOUNDS: dict[str, Any] = {"num_blocks": 30, "max_model_len": 110, "max_running": 6, "max_step_tokens": 64}
+BOUNDS: dict[str, Any] = {"num_blocks": 28, "max_model_len": 110, "max_running": 6, "max_step_tokens": 64}
 """Small enough that requests wait, prompts come in pieces and answers are preempted."""
 ABORTED, ABORTED_AT = "leaves", 7
 

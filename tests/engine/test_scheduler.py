@@ -3,6 +3,7 @@
 import pytest
 from schedules import House, shape
 
+from sightline_server.engine.scheduler import LEAST_BEFORE_IMAGE
 from sightline_server.engine.types import (
     ImageSpan,
     SequenceStatus,
@@ -113,7 +114,7 @@ def test_without_prefix_caching_equal_prompts_are_computed_apart() -> None:
     assert shape(house.step()) == [("a", 0, 17), ("b", 0, 17)]
 
 
-CAT = b"c" * 32
+CAT, DOG = b"c" * 32, b"d" * 32
 
 
 def test_a_sequence_waits_for_its_pixels_and_others_pass_it() -> None:
@@ -130,13 +131,35 @@ def test_a_sequence_waits_for_its_pixels_and_others_pass_it() -> None:
     assert house.vision.num_pinned == 0
 
 
-def test_text_before_a_missing_image_is_computed_meanwhile() -> None:
-    house = House()
-    house.add("look", 20, images=(ImageSpan(6, 8, CAT),))
-    assert shape(house.step()) == [("look", 0, 6)]
+def test_long_text_before_a_missing_image_is_computed_meanwhile() -> None:
+    house = House(budget=128)
+    start = LEAST_BEFORE_IMAGE
+    house.add("look", start + 14, images=(ImageSpan(start, 8, CAT),))
+    assert shape(house.step()) == [("look", 0, start)]
     assert shape(house.step()) == []
     house.pixels.add(CAT)
-    assert shape(house.step()) == [("look", 6, 14)]
+    assert shape(house.step()) == [("look", start, 14)]
+
+
+def test_short_text_before_a_missing_image_comes_with_it() -> None:
+    house = House(budget=128)
+    start = LEAST_BEFORE_IMAGE - 1
+    house.add("look", start + 14, images=(ImageSpan(start, 8, CAT),))
+    plan = house.step()
+    assert (shape(plan), {span.digest for _, span in plan.wanted}) == ([], {CAT})
+    assert house.scheduler.running == []
+    house.pixels.add(CAT)
+    assert shape(house.step()) == [("look", 0, start + 14)]
+
+
+def test_an_image_at_hand_is_encoded_before_the_next_one_comes() -> None:
+    house = House()
+    house.pixels.add(CAT)
+    house.add("pair", 20, images=(ImageSpan(0, 8, CAT), ImageSpan(9, 8, DOG)))
+    plan = house.step()
+    assert (plan.encode, shape(plan)) == ((CAT,), [("pair", 0, 9)])
+    house.pixels.add(DOG)
+    assert shape(house.step()) == [("pair", 9, 11)]
 
 
 def test_an_image_stays_pinned_while_its_tokens_are_cut_into_chunks() -> None:

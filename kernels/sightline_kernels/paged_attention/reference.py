@@ -106,11 +106,7 @@ def _slice(
         # On a GPU torch has no kernel for shared heads with a mask, or in float32: it would write out every score.
         shared = num_heads // k_GKD.shape[0]
         k_GKD, v_GKD = k_GKD.repeat_interleave(shared, 0), v_GKD.repeat_interleave(shared, 0)
-    if num_queries == num_keys:
-        mask_TK = None
-    else:
-        mask_TK = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q_THD.device)
-        mask_TK = mask_TK.tril(diagonal=num_keys - num_queries)
+    mask_TK = None if num_queries == num_keys else _mask_of(layout, sequence, q_THD)
     out_1HTD = F.scaled_dot_product_attention(
         q_THD.transpose(0, 1).unsqueeze(0),
         k_GKD.unsqueeze(0),
@@ -121,6 +117,16 @@ def _slice(
         enable_gqa=num_heads != k_GKD.shape[0],
     )
     return out_1HTD[0].transpose(0, 1)
+
+
+def _mask_of(layout: PagedLayout, sequence: int, q_THD: Tensor) -> Tensor:
+    """What is added to the scores of a slice that doesn't begin its sequence: made once for all layers."""
+    masks: dict[int, Tensor] = layout.memo.setdefault("masks", {})
+    if sequence not in masks:
+        num_queries, num_keys = layout.query_lens[sequence], layout.context_lens[sequence]
+        hidden_TK = torch.full((num_queries, num_keys), -torch.inf, dtype=q_THD.dtype, device=q_THD.device)
+        masks[sequence] = hidden_TK.triu(diagonal=num_keys - num_queries + 1)
+    return masks[sequence]
 
 
 def _row_by_row(q_THD: Tensor, k_cache_NPGD: Tensor, v_cache_NPGD: Tensor, layout: PagedLayout, scale: float) -> Tensor:

@@ -22,6 +22,9 @@ from sightline_server.engine.types import (
 )
 from sightline_server.engine.vision_cache import VisionCache
 
+LEAST_BEFORE_IMAGE = 64
+"""Tokens before an image whose pixels aren't there yet that are worth computing without it. Fewer wait for them: each
+step that reads a prompt costs the answers beside it more than the tokens themselves."""
 LOOKAHEAD = 8
 """Waiting sequences whose pixels are asked for before their turn, so that decoding overlaps with computing."""
 
@@ -297,7 +300,7 @@ class _StepPlanner:
         self.budget -= length
 
     def reach(self, sequence: Sequence, start: int) -> int:
-        """How many tokens from ``start`` could be computed now; an image that can't be encoded yet cuts it short."""
+        """How many tokens from ``start`` to compute now; an image that can't be encoded yet cuts it short."""
         length = min(self.budget, sequence.length - start)
         num_new = 0
         for span in _touched(sequence, start, length):
@@ -306,7 +309,8 @@ class _StepPlanner:
                 continue
             if key not in self._pixels:
                 self.want_missing(sequence, start)
-                return max(0, span.start - start)
+                before = max(0, span.start - start)
+                return before if num_new or before >= LEAST_BEFORE_IMAGE else 0
             num_new += 1
             if len(self.encode) + num_new > self._max_images:
                 return max(0, span.start - start)
