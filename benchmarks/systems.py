@@ -158,12 +158,12 @@ def can_compile() -> bool:
 
 
 def ours_compiled(folder: Path, serve_flags: Sequence[str]) -> System:
-    """Started one way for each precision: compiling takes a minute."""
     return System(
         COMPILED,
         "Sightline `--compile`",
         _sightline(folder, [*serve_flags, "--compile"]),
         PRECISIONS,
+        threads=OUR_THREADS,
         gated=True,
     )
 

@@ -127,8 +127,9 @@ class Settings:
     )
     compile: bool = _row(
         False,
-        "On a CPU, make a program of the decode step at each start of the engine, which small models answer several "
-        "times as fast with. Needs a C++ compiler (g++) and about a minute; the weights must not be quantized.",
+        "On a CPU, make a program of the decode step at each start of the engine: small models answer one request some "
+        "three times as fast, many at once less so. Needs a C++ compiler (g++) and about a minute; the weights must "
+        "not be quantized.",
         section="Engine",
     )
     deterministic: bool = _row(

@@ -206,22 +206,27 @@ def test_the_deterministic_row_differs_by_its_flag_alone() -> None:
     assert Choice(made).best is None
 
 
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The commands of servers that would have been started."""
+    commands: list[list[str]] = []
+
+    @contextlib.contextmanager
+    def running(_name: str, command: list[str], **_options: Any) -> Iterator[None]:
+        commands.append(command)
+        yield
+
+    monkeypatch.setattr(systems, "running", running)
+    return commands
+
+
 @pytest.mark.parametrize(
     ("threads", "flags"),
     [("default", []), ("1", ["--threads", "1"]), (systems.TWO_ENGINES, ["--engines", "2"])],
 )
-def test_threads_and_engines_are_told_to_our_server(
-    threads: str, flags: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    started: list[list[str]] = []
-
-    @contextlib.contextmanager
-    def running(_name: str, command: list[str], **_options: Any) -> Iterator[None]:
-        started.append(command)
-        yield
-
-    monkeypatch.setattr(systems, "running", running)
-    for made in (systems.ours(Path("there"), []), systems.ours_int8(Path("there"), [])):
+def test_threads_and_engines_are_told_to_our_server(threads: str, flags: list[str], started: list[list[str]]) -> None:
+    makers = (systems.ours, systems.ours_int8, systems.ours_compiled)
+    for made in (make(Path("there"), []) for make in makers):
         assert threads in made.threads
         with made.start("bfloat16", threads):
             command = started.pop()
@@ -230,17 +235,9 @@ def test_threads_and_engines_are_told_to_our_server(
         assert ("--engines" in told) == (threads == systems.TWO_ENGINES)
 
 
-def test_the_compiled_row_differs_by_its_flag_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_compiled_row_differs_by_its_flag_alone(started: list[list[str]]) -> None:
     made = systems.ours_compiled(Path("there"), ["--block-size", "8"])
-    assert (made.settings, made.threads, made.quantize, made.gated) == (systems.PRECISIONS, ("default",), "none", True)
-    started: list[list[str]] = []
-
-    @contextlib.contextmanager
-    def running(_name: str, command: list[str], **_options: Any) -> Iterator[None]:
-        started.append(command)
-        yield
-
-    monkeypatch.setattr(systems, "running", running)
+    assert (made.settings, made.quantize, made.gated) == (systems.PRECISIONS, "none", True)
     with made.start("bfloat16", "default"):
         assert started[0][-3:] == ["--block-size", "8", "--compile"]
 
