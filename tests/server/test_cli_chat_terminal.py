@@ -28,6 +28,11 @@ sys.exit(chat.run(parser.parse_args(["chat", *sys.argv[1:]])))
 """
 
 
+def wait_until_it_listens():
+    """A Ctrl-C that comes between what is printed and the wait for keys or bytes is held back until the next of them."""
+    time.sleep(0.3)
+
+
 @pytest.fixture
 def stub():
     server = Stub()
@@ -164,6 +169,7 @@ def test_ctrl_c_stops_the_answer_and_closes_the_stream(stub, terminal):
     stub.replies = [[chunk("Once upon"), 30.0], reply("Fine.")]
     terminal.type("a story\n")
     terminal.expect(r"Once upon")
+    wait_until_it_listens()
     terminal.type("\x03")
     terminal.expect(r"stopped")
     assert stub.closed_early.wait(10)
@@ -172,8 +178,7 @@ def test_ctrl_c_stops_the_answer_and_closes_the_stream(stub, terminal):
     terminal.expect(r"Fine\.\r\n")
     assert [message["content"] for message in stub.asked[1]["messages"]] == ["a story", "Once upon", "go on"]
     terminal.expect(r"> ")
-    # Between printing the prompt and waiting for keys, readline holds a Ctrl-C back until the next key.
-    time.sleep(0.3)
+    wait_until_it_listens()
     terminal.type("\x03")
     terminal.expect(r"Ctrl-D or /quit leaves")
     terminal.expect(r"> ")
@@ -186,6 +191,7 @@ def test_ctrl_c_in_a_single_question_exits_130(stub, tmp_path):
     person = Terminal("--url", stub.url, "a story", cwd=tmp_path)
     try:
         person.expect(r"Once upon")
+        wait_until_it_listens()
         os.killpg(person.process.pid, signal.SIGINT)
         assert person.end() == 130
         assert stub.closed_early.wait(10)
