@@ -29,7 +29,7 @@ sys.exit(chat.run(parser.parse_args(["chat", *sys.argv[1:]])))
 
 
 def wait_until_it_listens():
-    """A Ctrl-C that comes between what is printed and the wait for keys or bytes is held back until the next of them."""
+    """A Ctrl-C between what is printed and the wait for keys or bytes is held back until the next of them comes."""
     time.sleep(0.3)
 
 
