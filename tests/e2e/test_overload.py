@@ -21,7 +21,8 @@ from sightline_server.auth.principal import Limits, Scope
 
 StartServer = Callable[..., Any]
 CHAT = "/v1/chat/completions"
-SECONDS = 20.0
+SECONDS = 45.0
+"""Answers of a full house come in waves of 32 some seconds apart, and one wave more or less has to count for little."""
 RAMP_S = 5.0
 """Until the first answers of a full house have ended; not counted."""
 BODY = {
