@@ -23,8 +23,8 @@ from sightline_server.engine.types import (
 from sightline_server.engine.vision_cache import VisionCache
 
 LEAST_BEFORE_IMAGE = 64
-"""Tokens before an image whose pixels aren't there yet that are worth computing without it. Fewer wait for them: each
-step that reads a prompt costs the answers beside it more than the tokens themselves."""
+"""Tokens before an image whose pixels aren't there yet that are worth computing without it. Fewer wait, and are read
+in one step with it."""
 LOOKAHEAD = 8
 """Waiting sequences whose pixels are asked for before their turn, so that decoding overlaps with computing."""
 
