@@ -2,12 +2,12 @@
 
 Run operation by operation, a step of a small model is mostly the setting out of hundreds of operations. Here they are
 one call, in two programs: for a single row, whose products are sums that read each weight once, and for more, whose
-products are oneDNN's. Keys and values are read where they lie in the paged cache. Needs a C++ compiler on the machine.
-Knows weights, the cache and where rows lie in it. Knows no sequence, no picture and no sampling.
+products are oneDNN's. Keys and values are read where they lie in the paged cache, and the next tokens are drawn.
+Needs a C++ compiler on the machine. Knows weights, the cache and where rows lie in it. Knows no sequence, no picture.
 
 Suffixes: B rows, N blocks a row, M cache blocks, P slots a block, H query heads, G key/value heads, R query heads that
-share a key head, X query and key and value heads, D head dim, W model width, F feed-forward width, I input
-width, V vocabulary.
+share a key head, X query and key and value heads (of noise: places), D head dim, W model width, F feed-forward width,
+I input width, V vocabulary.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from sightline_kernels.layout import PagedLayout
+from sightline_kernels.sample import compilable
 from sightline_models.decoder import Decoder
 from sightline_models.kv import KvPool
 from sightline_models.layers import Linear, RmsNorm
@@ -36,7 +37,7 @@ _MOST_KEYS = 12_288
 # A compiler that knows a size to be 1 makes a program for 1 alone.
 _LEAST_BLOCKS = _LEAST_ROWS = 2
 
-Program = Callable[..., Tensor]
+Program = Callable[..., list[Tensor]]
 
 
 class CompileError(RuntimeError):
@@ -46,26 +47,49 @@ class CompileError(RuntimeError):
 class CompiledDecoder:
     """Takes the steps in which every sequence has one token, and isn't slower for having many keys."""
 
-    def __init__(self, single: Program, several: Program, kv: KvPool, most_rows: int) -> None:
+    def __init__(self, single: Program, several: Program, kv: KvPool, most_rows: int, vocab_size: int) -> None:
+        self.num_places = compilable.num_places(vocab_size)
+        """How many numbers of noise a row's draw takes."""
         self._single = single
         self._several = several
         self._most_rows = most_rows
         self._caches = list(kv.k_LNPGD.unbind(0)), list(kv.v_LNPGD.unbind(0))
 
     def takes(self, layout: PagedLayout) -> bool:
-        """Whether ``logits`` may be asked for this layout."""
+        """Whether ``step`` may be asked for this layout."""
         rows = len(layout.query_lens)
         if layout.num_decodes < rows or rows > self._most_rows or layout.row_invariant:
             return False
         return rows * layout.block_table_BN.shape[1] * layout.block_size <= _MOST_KEYS
 
-    def logits(self, token_ids_B: Tensor, positions_B: Tensor, layout: PagedLayout) -> Tensor:
-        """Return float32 logits_BV; the rows' keys and values are stored at ``layout.slots_T``."""
+    def step(
+        self,
+        token_ids_B: Tensor,
+        positions_B: Tensor,
+        layout: PagedLayout,
+        temperature_B: Tensor,
+        noise_BX: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the next tokens [B], the largest number that each is drawn from [B], and float32 logits_BV.
+
+        The rows' keys and values are stored at ``layout.slots_T``. ``temperature_B`` and ``noise_BX`` are what
+        ``compilable.draw`` takes.
+        """
         table_BN = layout.block_table_BN.long()
         if table_BN.shape[1] < _LEAST_BLOCKS:
             table_BN = F.pad(table_BN, (0, _LEAST_BLOCKS - table_BN.shape[1]))
         program = self._single if len(token_ids_B) == 1 else self._several
-        return program(token_ids_B, positions_B, table_BN, layout.slots_T, layout.context_len_B, *self._caches)
+        drawn_B, largest_B, logits_BV = program(
+            token_ids_B,
+            positions_B,
+            table_BN,
+            layout.slots_T,
+            layout.context_len_B,
+            temperature_B,
+            noise_BX,
+            *self._caches,
+        )
+        return drawn_B, largest_B, logits_BV
 
 
 def refusal(decoder: Decoder) -> str | None:
@@ -92,7 +116,7 @@ def compile_decoder(decoder: Decoder, kv: KvPool, folder: Path, *, most_rows: in
     with _quietly_in(folder), torch.inference_mode(False), torch.no_grad():
         step = _DecodeStep(decoder, kv.k_LNPGD.shape[2])
         single, several = (_program(step, kv, folder, rows, most_rows, most_blocks) for rows in (1, _LEAST_ROWS + 1))
-    return CompiledDecoder(single, several, kv, most_rows)
+    return CompiledDecoder(single, several, kv, most_rows, decoder.config.vocab_size)
 
 
 def _program(step: "_DecodeStep", kv: KvPool, folder: Path, rows: int, most_rows: int, most_blocks: int) -> Program:
@@ -103,8 +127,10 @@ def _program(step: "_DecodeStep", kv: KvPool, folder: Path, rows: int, most_rows
     token_ids_B, positions_B, slots_B = (torch.zeros(rows, dtype=torch.int64) for _ in range(3))
     table_BN = torch.zeros(rows, _LEAST_BLOCKS + 1, dtype=torch.int64)
     context_len_B = torch.ones(rows, dtype=torch.int32)
+    temperature_B = torch.ones(rows)
+    noise_BX = torch.zeros(rows, compilable.num_places(step.config.vocab_size))
     caches = list(kv.k_LNPGD.unbind(0)), list(kv.v_LNPGD.unbind(0))
-    examples = (token_ids_B, positions_B, table_BN, slots_B, context_len_B, *caches)
+    examples = (token_ids_B, positions_B, table_BN, slots_B, context_len_B, temperature_B, noise_BX, *caches)
     options = {
         # Weights are put in oneDNN's order, once.
         "freezing": rows > 1,
@@ -116,7 +142,7 @@ def _program(step: "_DecodeStep", kv: KvPool, folder: Path, rows: int, most_rows
         "cpp.dynamic_threads": True,
         "cpp.enable_floating_point_contract_flag": "fast",
     }
-    shapes = (by_row, by_row, by_row | by_block, by_row, by_row, by_layer, by_layer)
+    shapes = (by_row, by_row, by_row | by_block, *[by_row] * 4, by_layer, by_layer)
     try:
         exported = torch.export.export(step, examples, dynamic_shapes=shapes, strict=False)
         package = torch._inductor.aoti_compile_and_package(
@@ -180,13 +206,15 @@ class _DecodeStep(nn.Module):
         table_BN: Tensor,
         slots_B: Tensor,
         context_len_B: Tensor,
+        temperature_B: Tensor,
+        noise_BX: Tensor,
         k_caches: list[Tensor],
         v_caches: list[Tensor],
-    ) -> Tensor:
-        """Return float32 logits_BV. All integers are int64 but for int32 ``context_len_B``."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what ``CompiledDecoder.step`` does. All integers are int64 but for int32 ``context_len_B``."""
         config = self.config
         turning, half = config.num_heads + config.num_kv_heads, config.head_dim // 2
-        keys_NP = torch.arange(table_BN.shape[1] * self.block_size).view(-1, self.block_size)
+        keys_NP = torch.arange(table_BN.shape[1] * self.block_size, dtype=torch.int32).view(-1, self.block_size)
         seen_BNP = keys_NP < context_len_B[:, None, None]
         where = (slots_B // self.block_size, slots_B % self.block_size)
         cos_B1D, sin_B1D = (self._kept(name)[positions_B][:, None].float() for name in ("cos", "sin"))
@@ -209,7 +237,8 @@ class _DecodeStep(nn.Module):
             gate_up_BF = self._multiply(self._norm(x_BW, f"{layer}.post_norm"), f"{layer}.feed_forward.gate_up")
             gate_BF, up_BF = gate_up_BF.chunk(2, -1)
             x_BW = x_BW + self._multiply(F.silu(gate_BF) * up_BF, f"{layer}.feed_forward.down")
-        return self._multiply(self._norm(x_BW, "norm"), "lm_head").float()
+        logits_BV = self._multiply(self._norm(x_BW, "norm"), "lm_head").float()
+        return *compilable.draw(logits_BV, temperature_B, noise_BX), logits_BV
 
     def _norm(self, x_BW: Tensor, name: str) -> Tensor:
         wide_BW = x_BW.float()
@@ -249,20 +278,25 @@ def _attend(q_BHD: Tensor, k_MPGD: Tensor, v_MPGD: Tensor, table_BN: Tensor, see
     """Return out_BW. Slots past a row's context may hold anything, even NaN."""
     rows, num_heads, head_dim = q_BHD.shape
     num_kv_heads = k_MPGD.shape[2]
-    q_BGR11D = q_BHD.view(rows, num_kv_heads, num_heads // num_kv_heads, 1, 1, head_dim).float()
-    scores_BGRNP = (q_BGR11D * _blocks(k_MPGD, table_BN).float()).sum(-1) * head_dim**-0.5
-    scores_BGRNP = torch.where(seen_BNP[:, None, None], scores_BGRNP, -torch.inf)
-    shares_BGRNP = (scores_BGRNP - scores_BGRNP.amax((-1, -2), keepdim=True)).exp()
-    v_BG1NPD = torch.where(seen_BNP[:, None, None, ..., None], _blocks(v_MPGD, table_BN).float(), 0.0)
-    sums_BGRD = (shares_BGRNP[..., None] * v_BG1NPD).sum((3, 4))
-    return (sums_BGRD / shares_BGRNP.sum((-1, -2))[..., None]).to(q_BHD.dtype).reshape(rows, -1)
+    q_BGRD = _written(q_BHD.view(rows, num_kv_heads, num_heads // num_kv_heads, head_dim).float() * head_dim**-0.5)
+    # Heads that share keys are set out one by one: the compiler puts them into one loop, which reads a key once.
+    shares: list[Tensor] = []
+    for q_BGD in q_BGRD.unbind(2):
+        scores_BGNP = (q_BGD[:, :, None, None] * _blocks(k_MPGD, table_BN).float()).sum(-1)
+        scores_BGNP = torch.where(seen_BNP[:, None], scores_BGNP, -torch.inf)
+        shares.append((scores_BGNP - scores_BGNP.amax((-1, -2), keepdim=True)).exp())
+    v_BGNPD = torch.where(seen_BNP[:, None, ..., None], _blocks(v_MPGD, table_BN).float(), 0.0)
+    out_BGRD = torch.stack(
+        [(each_BGNP[..., None] * v_BGNPD).sum((2, 3)) / each_BGNP.sum((2, 3))[..., None] for each_BGNP in shares], 2
+    )
+    return out_BGRD.to(q_BHD.dtype).reshape(rows, -1)
 
 
 def _blocks(cache_MPGD: Tensor, table_BN: Tensor) -> Tensor:
-    """A row's blocks of the cache [B, G, 1, N, P, D], where they lie."""
+    """A row's blocks of the cache [B, G, N, P, D], where they lie."""
     # The engine's own block numbers need no check at every key.
     blocks_BNPGD: Tensor = torch.ops.aten._unsafe_index.Tensor(cache_MPGD, [table_BN])
-    return blocks_BNPGD.permute(0, 3, 1, 2, 4)[:, :, None]
+    return blocks_BNPGD.permute(0, 3, 1, 2, 4)
 
 
 def _written(x: Tensor) -> Tensor:

@@ -9,8 +9,10 @@ import torch
 from engines import Album, make_engine, make_prompt, make_request, picture, requests_of, run, told
 
 from sightline_models.vlm import Vlm
+from sightline_server.engine import runner
 from sightline_server.engine.engine import Engine
 from sightline_server.engine.load import check_compilable
+from sightline_server.engine.sampler import choose_tokens
 from sightline_server.settings import Settings, SettingsError, replace
 
 # Compiling takes as long as the machine lets it.
@@ -34,13 +36,13 @@ def compiled(tiny: Vlm, tmp_path_factory: pytest.TempPathFactory) -> Engine:
 def counted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The rows of every step that is computed by the program, from now on."""
     decoder: Any = engine._runner._compiled
-    logits, rows = decoder.logits, []
+    step, rows = decoder.step, []
 
-    def noted(token_ids_B: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def noted(token_ids_B: torch.Tensor, *rest: Any) -> Any:
         rows.append(len(token_ids_B))
-        return logits(token_ids_B, *rest)
+        return step(token_ids_B, *rest)
 
-    monkeypatch.setattr(decoder, "logits", noted)
+    monkeypatch.setattr(decoder, "step", noted)
     return rows
 
 
@@ -57,6 +59,22 @@ def test_answers_equal_the_plain_ones(tiny: Vlm, compiled: Engine, monkeypatch: 
     assert max(rows) > 2
     # Steps that read prompts were none of its business.
     assert len(rows) < compiled.stats().steps_total
+
+
+def test_plain_draws_are_the_programs_own(tiny: Vlm, compiled: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    album = Album()
+    requests = requests_of(tiny, album, 8, top_p=1.0)
+    expected = told(run(make_engine(tiny), requests, album))
+    programs, others = counted(compiled, monkeypatch), []
+
+    def noted(logits_SV: torch.Tensor, *rest: Any) -> Any:
+        others.append(len(logits_SV))
+        return choose_tokens(logits_SV, *rest)
+
+    monkeypatch.setattr(runner, "choose_tokens", noted)
+    assert told(run(compiled, requests, album)) == expected
+    assert sum(programs) > sum(others) > 0, "drawn outside were more than the first tokens of prompts"
+    assert sum(others) <= len(requests) + compiled.stats().preemptions_total
 
 
 def test_log_probabilities_and_penalties_are_those_of_plain_steps(tiny: Vlm, compiled: Engine) -> None:
@@ -111,6 +129,6 @@ def test_E3_a_program_that_fails_is_given_up_and_every_answer_comes(
         raise RuntimeError("planted")
 
     monkeypatch.setattr(compiled._runner, "_compiled", compiled._runner._compiled)
-    monkeypatch.setattr(compiled._runner._compiled, "logits", failing)
+    monkeypatch.setattr(compiled._runner._compiled, "step", failing)
     assert told(run(compiled, requests, album)) == expected
     assert compiled._runner._compiled is None

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sightline_kernels.sample import compilable
 from sightline_kernels.sample.reference import GROUP, gumbel_noise, keep, philox, sample
 
 
@@ -236,3 +237,37 @@ def test_off_the_cpu_the_host_reads_nothing_back() -> None:
     for filtered in (True, False):
         tokens = draw(torch.empty(3, 200, device="meta"), filtered=filtered, top_k=2, top_p=0.9, min_p=0.1)
         assert (tokens.shape, tokens.dtype, tokens.device.type) == ((3,), torch.int64, "meta")
+
+
+@pytest.mark.parametrize("vocab_size", [50, 64, 1000, 1408])
+def test_the_draw_for_a_compiler_gives_the_same_tokens(vocab_size: int) -> None:
+    rows = 60
+    generator = torch.Generator().manual_seed(vocab_size)
+    logits = 4 * torch.randn(rows, vocab_size, generator=generator)
+    logits[:, : vocab_size // 3] = -torch.inf
+    # Two likeliest tokens: the first is the greedy one.
+    logits[0, -2:] = 40.0
+    temperature = torch.rand(rows, generator=generator) + 0.1
+    temperature[::4] = 0
+    seeds, choices, positions = torch.arange(3 * rows).view(3, rows)
+    noise = gumbel_noise(seeds, choices, positions, compilable.num_places(vocab_size))
+    given = logits.clone()
+    drawn, largest = compilable.draw(logits, temperature, noise)
+    assert torch.equal(logits, given)
+    expected = draw(logits, temperature=temperature, seed=seeds, choice=choices, position=positions, filtered=False)
+    assert drawn.tolist() == expected.tolist()
+    assert int(drawn[0]) == vocab_size - 2
+    assert len(set(drawn.tolist())) > 5
+    divisor = torch.where(temperature == 0, 1.0, temperature)
+    torch.testing.assert_close(largest, logits.amax(dim=-1) / divisor)
+
+
+def test_the_draw_for_a_compiler_tells_rows_that_mean_nothing() -> None:
+    logits = torch.zeros(4, 200)
+    logits[0, 150] = torch.nan
+    logits[1] = -torch.inf
+    logits[2, 7] = torch.inf
+    temperature = torch.tensor([1.0, 0.7, 0.0, 1.0])
+    drawn, largest = compilable.draw(logits, temperature, torch.zeros(4, compilable.num_places(200)))
+    assert largest.isfinite().tolist() == [False, False, False, True]
+    assert ((drawn >= 0) & (drawn < 4 * GROUP)).all()

@@ -1,4 +1,4 @@
-"""The compiled decode step against the decoder it was made of: logits, what it writes, what it must not read."""
+"""The compiled decode step against the decoder it was made of: logits, draws, what it writes, what it must not read."""
 
 import dataclasses
 import shutil
@@ -11,6 +11,7 @@ from oracle import CLIP_NORMALIZATION
 from torch import Tensor
 
 from sightline_kernels.layout import PagedLayout
+from sightline_kernels.sample import compilable
 from sightline_models import compiled_decoder
 from sightline_models.compiled_decoder import CompiledDecoder, compile_decoder, refusal
 from sightline_models.config import read_config
@@ -91,12 +92,21 @@ def test_logits_and_cache_are_the_decoders_own(pair: Pair, contexts: list[int]) 
             for cache in start:
                 cache[:, block, position % BLOCK] = torch.randn(cache[:, 0, 0].shape, generator=draw)
 
+    temperature_B = torch.tensor([0.0, 1.0, 0.3] * len(contexts))[: len(contexts)]
+    noise_BX = -torch.empty(len(contexts), pair.compiled.num_places).exponential_(generator=draw).log()
+
     def run(compiled: bool) -> tuple[Tensor, Tensor, Tensor]:
         pair.kv.k_LNPGD.copy_(start[0])
         pair.kv.v_LNPGD.copy_(start[1])
         with torch.inference_mode():
             if compiled:
-                logits_BV = pair.compiled.logits(token_ids_B, positions_B, layout)
+                drawn_B, largest_B, logits_BV = pair.compiled.step(
+                    token_ids_B, positions_B, layout, temperature_B, noise_BX
+                )
+                # The draw inside of the program, from its own logits: the same as outside.
+                expected_B, peak_B = compilable.draw(logits_BV, temperature_B, noise_BX)
+                assert drawn_B.tolist() == expected_B.tolist()
+                torch.testing.assert_close(largest_B, peak_B)
             else:
                 hidden_BD = pair.model(pair.model.embed(token_ids_B), positions_B, pair.kv, layout)
                 logits_BV = pair.model.logits(hidden_BD)

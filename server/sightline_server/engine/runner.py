@@ -26,7 +26,7 @@ from sightline_models.kv import KvPool
 from sightline_models.vlm import Vlm
 from sightline_server.engine.batch import StepBatch, build_batch, passes_of_equal_shape
 from sightline_server.engine.graphs import DecodeGraphs, EncoderGraphs, Recorder
-from sightline_server.engine.sampler import Drawn, Sampled, choose_tokens, is_plain
+from sightline_server.engine.sampler import Drawn, Sampled, choose_tokens, draw_numbers, is_plain
 from sightline_server.engine.threads import ThreadChooser
 from sightline_server.engine.transfer import Arriving, to_device
 from sightline_server.engine.types import (
@@ -100,7 +100,8 @@ class Runner:
         self._config = config
         self._device = device
         self._threads = threads
-        self._sample = _sampler(model.decoder.kernels.sample, config, device)
+        self._noise = NoiseAhead()
+        self._sample = self._sampler()
         # The last row is for padding.
         self._tokens_R = torch.zeros(config.max_running + 1, dtype=torch.int64, device=device)
         self._compiled = compiled
@@ -112,6 +113,13 @@ class Runner:
                 self._encoder_graphs = EncoderGraphs(model, max_images_per_step, device, recorder)
                 if model.decoder.kernels.can_be_recorded:
                     self._decode_graphs = DecodeGraphs(model, kv, self._tokens_R, config, recorder)
+
+    def _sampler(self) -> Sample:
+        """The model's, with noise made for several steps where steps follow one another on a CPU."""
+        draw = self._model.decoder.kernels.sample
+        if draw is not sample or self._device.type != "cpu" or self._config.deterministic:
+            return draw
+        return functools.partial(sample, noise=self._noise)
 
     @property
     def vocab_size(self) -> int:
@@ -171,15 +179,7 @@ class Runner:
         batch = self._batch(plan.slices)
         sampling = [piece.sequence for piece in plan.slices if piece.samples]
         if self._compiled is not None and self._is_plain_decode(batch) and self._compiled.takes(batch.layout):
-            self._look_up(batch)
-            try:
-                logits_SV = self._compiled.logits(batch.token_ids_T, batch.positions_T, batch.layout)
-            except Exception:
-                # A trial reads prompts again, which the program has no part in: it would never be found out.
-                log.error("the compiled decode step failed, and isn't used any more")
-                self._compiled = None
-                raise
-            return [self._draw(logits_SV, sampling)]
+            return [self._run_compiled(self._compiled, batch, sampling)]
         hidden_TD = self._forward(batch)
         if not sampling:
             return []
@@ -188,6 +188,25 @@ class Runner:
             rows = to_device(torch.tensor(batch.sample_rows), self._device)
             hidden_TD = hidden_TD[rows]
         return [self._draw(self._model.logits(hidden_TD), sampling)]
+
+    def _run_compiled(self, compiled: CompiledDecoder, batch: StepBatch, sequences: Seq[Sequence]) -> Drawn:
+        self._look_up(batch)
+        numbers = draw_numbers(sequences)
+        places = compiled.num_places
+        noise_SX = torch.zeros(len(sequences), places) if numbers.is_greedy else self._noise(*numbers.counters, places)
+        try:
+            token_ids_S, largest_S, logits_SV = compiled.step(
+                batch.token_ids_T, batch.positions_T, batch.layout, numbers.temperature_S, noise_SX
+            )
+        except Exception:
+            # A trial reads prompts again, which the program has no part in: it would never be found out.
+            log.error("the compiled decode step failed, and isn't used any more")
+            self._compiled = None
+            raise
+        if numbers.has_filter or not all(is_plain(sequence) for sequence in sequences):
+            # Some ask for more than the program knows: all are drawn again.
+            return self._draw(logits_SV, sequences)
+        return self._keep(Drawn(tuple(sequences), token_ids_S, largest_S))
 
     def _replay(self, graphs: DecodeGraphs, slices: Seq[Slice]) -> Drawn:
         self.num_replayed += 1
@@ -212,10 +231,12 @@ class Runner:
         return [drawn[id(piece.sequence)] for piece in slices if piece.samples]
 
     def _draw(self, logits_SV: Tensor, sequences: Seq[Sequence]) -> Drawn:
-        drawn = choose_tokens(logits_SV, sequences, self._sample)
+        return self._keep(choose_tokens(logits_SV, sequences, self._sample))
+
+    def _keep(self, drawn: Drawn) -> Drawn:
+        """Where the next step is launched before the host knows these tokens, have it find them."""
         if self._config.overlap:
-            # The next step is launched before the host knows these.
-            rows = to_device(torch.tensor([sequence.row for sequence in sequences]), self._device)
+            rows = to_device(torch.tensor([sequence.row for sequence in drawn.sequences]), self._device)
             self._tokens_R.index_copy_(0, rows, drawn.token_ids_S)
         return drawn
 
@@ -273,10 +294,3 @@ class Runner:
             hidden_TD[part.row : part.row + part.length] = encoded_LD[part.offset : part.offset + part.length]
         normed_TD: Tensor = self._model(hidden_TD, batch.positions_T, self._kv, batch.layout)
         return normed_TD
-
-
-def _sampler(draw: Sample, config: EngineConfig, device: torch.device) -> Sample:
-    """``draw``, with noise made for several steps where steps follow one another on a CPU."""
-    if draw is not sample or device.type != "cpu" or config.deterministic:
-        return draw
-    return functools.partial(sample, noise=NoiseAhead())

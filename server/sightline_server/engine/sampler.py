@@ -81,6 +81,16 @@ class DrawNumbers:
         return not self.floats_3S[0].any()
 
     @property
+    def temperature_S(self) -> Tensor:
+        return torch.from_numpy(self.floats_3S[0])
+
+    @property
+    def counters(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Seed, choice and position, which noise is a function of, each [S]."""
+        _, seed_S, choice_S, position_S = torch.from_numpy(self.integers_4S).unbind()
+        return seed_S, choice_S, position_S
+
+    @property
     def has_filter(self) -> bool:
         _, top_p_S, min_p_S = self.floats_3S
         return bool(self.integers_4S[0].any() or (top_p_S < 1).any() or min_p_S.any())
