@@ -36,6 +36,11 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         self.build_tables()
 
+    @property
+    def heads_apart(self) -> bool:
+        """Whether its cache is to be kept with heads apart (``KvPool.allocate``), the order of a CPU's references."""
+        return self.embed_tokens.weight.is_cpu and self.kernels == REFERENCES
+
     def build_tables(self) -> None:
         """Make the rotary tables where, and in the dtype that, the weights are."""
         weight = self.embed_tokens.weight

@@ -1,9 +1,12 @@
-"""The paged key/value cache: two tensors and their byte arithmetic.
+"""The paged key/value cache: two tensors, the order they lie in and their byte arithmetic.
 
 Knows blocks and slots. Keeps no books: who owns which block is the engine's business.
 Suffixes: L layers, N blocks, P slots a block, G key/value heads, D head dim.
 """
 
+import contextlib
+import math
+import mmap
 from dataclasses import dataclass
 
 import torch
@@ -26,8 +29,17 @@ class KvPool:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        heads_apart: bool = False,
     ) -> "KvPool":
-        """A zeroed pool: slots never written are read, masked, beside written ones, so they must hold numbers."""
+        """A zeroed pool: slots never written are read, masked, beside written ones, so they must hold numbers.
+
+        With ``heads_apart``, on a CPU, a block's keys of one head lie next to each other, as attention reads them, and
+        the pool on large pages: its blocks are so many and so far apart that looking their pages up takes long.
+        Raises RuntimeError or OSError where there is not that much memory.
+        """
+        if heads_apart:
+            shape = (config.num_layers, num_blocks, config.num_kv_heads, block_size, config.head_dim)
+            return cls(*(_on_large_pages(shape, dtype).transpose(2, 3) for _ in range(2)))
         shape = (config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim)
         return cls(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
 
@@ -36,3 +48,12 @@ class KvPool:
         """Bytes that one block takes over all layers, keys and values together."""
         numbers_per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
         return block_size * numbers_per_token * dtype.itemsize
+
+
+def _on_large_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros in memory that is the machine's own, on pages of 2 MiB where the kernel has some."""
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    # Elsewhere than on Linux there is no such wish, and a kernel may be built without.
+    with contextlib.suppress(AttributeError, OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sightline_kernels.layout import PagedLayout
-from sightline_kernels.paged_attention.places import locate, sum_rows
+from sightline_kernels.paged_attention.places import as_table, locate, sum_rows
 
 
 def can_attend_in_place(q_THD: Tensor) -> bool:
@@ -25,7 +25,7 @@ def can_attend_in_place(q_THD: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class RowKeys:
-    """Where the keys of some query rows lie in the cache seen as a table of [N * P * G, D]."""
+    """Where the keys of some query rows lie in the cache ``as_table``, [N * G * P, D]."""
 
     num_keys: int
     table_rows_X: Tensor
@@ -33,7 +33,7 @@ class RowKeys:
     starts_Y: Tensor
     """int32 [Q * H]: where the table rows of each begin."""
     pattern: Tensor
-    """Sparse CSR [Q * H, N * P * G] over the same places, holding 0, or -inf past the context."""
+    """Sparse CSR [Q * H, N * G * P] over the same places, holding 0, or -inf past the context."""
 
 
 def locate_keys(
@@ -50,7 +50,7 @@ def locate_keys(
     places = locate(layout, sequences, context_lens, num_keys)
     mask_QK = np.where(places.past_QK, np.float32(-np.inf), np.float32(0))
     starts_Y1 = torch.arange(num_rows * num_heads + 1, dtype=torch.int32).mul_(num_keys)
-    table_rows_X = places.table_rows(num_heads, num_kv_heads)
+    table_rows_X = places.table_rows(num_heads, num_kv_heads, block_size)
     with warnings.catch_warnings():
         # Torch calls its CSR tensors beta and, before 2.15, not checking them a risk, once a process.
         warnings.filterwarnings("ignore", "Sparse (CSR tensor support|invariant checks)")
@@ -68,7 +68,7 @@ def attend_in_place(q_QHD: Tensor, k_cache_NPGD: Tensor, v_cache_NPGD: Tensor, k
     """Return out_QHD. Each row's arithmetic depends on its own query, keys and ``keys.num_keys`` alone."""
     num_rows, num_heads, head_dim = q_QHD.shape
     q_YD = q_QHD.reshape(-1, head_dim)
-    scored = torch.sparse.sampled_addmm(keys.pattern, q_YD, k_cache_NPGD.view(-1, head_dim).t(), alpha=scale)
+    scored = torch.sparse.sampled_addmm(keys.pattern, q_YD, as_table(k_cache_NPGD).t(), alpha=scale)
     weights_YK = scored.values().view(-1, keys.num_keys).softmax(dim=-1)
-    out_YD = sum_rows(v_cache_NPGD.view(-1, head_dim), keys.table_rows_X, keys.starts_Y, weights_YK.view(-1))
+    out_YD = sum_rows(as_table(v_cache_NPGD), keys.table_rows_X, keys.starts_Y, weights_YK.view(-1))
     return out_YD.view(num_rows, num_heads, head_dim)

@@ -23,10 +23,11 @@ class Places:
     past_QK: np.ndarray[Any, np.dtype[np.bool_]]
     """Which are past the context."""
 
-    def table_rows(self, num_heads: int, num_kv_heads: int) -> Tensor:
-        """int32 [Q * H * K] into the cache seen as [N * P * G, D], for each query head its key head's rows."""
+    def table_rows(self, num_heads: int, num_kv_heads: int, block_size: int) -> Tensor:
+        """int32 [Q * H * K] into ``as_table``, for each query head its key head's rows."""
         heads_H1 = (np.arange(num_heads, dtype=np.int32) // (num_heads // num_kv_heads))[:, None]
-        rows_QHK = (self.slots_QK * np.int32(num_kv_heads))[:, None] + heads_H1
+        firsts_QK = self.slots_QK // block_size * np.int32(block_size * (num_kv_heads - 1))
+        rows_QHK = (self.slots_QK + firsts_QK)[:, None] + heads_H1 * np.int32(block_size)
         return torch.from_numpy(rows_QHK.reshape(-1))
 
 
@@ -42,6 +43,17 @@ def locate(layout: PagedLayout, sequences: Sequence[int], context_lens: Sequence
     if min(context_lens) < num_keys:
         slots_QK = np.where(past_QK, np.take_along_axis(slots_QK, context_Q1 - 1, 1), slots_QK)
     return Places(slots_QK, past_QK)
+
+
+def as_table(cache_NPGD: Tensor) -> Tensor:
+    """The cache as a table [N * G * P, D]: as it lies where heads are kept apart, else a copy."""
+    return cache_NPGD.transpose(1, 2).reshape(-1, cache_NPGD.shape[3])
+
+
+def blocks_of_heads(cache_NPGD: Tensor) -> Tensor:
+    """The cache as a table [N * G, P * D] of what a block holds of a head, likewise."""
+    num_blocks, block_size, num_kv_heads, head_dim = cache_NPGD.shape
+    return cache_NPGD.transpose(1, 2).reshape(num_blocks * num_kv_heads, block_size * head_dim)
 
 
 def sum_rows(table_RD: Tensor, rows_X: Tensor, starts_Y: Tensor, weights_X: Tensor) -> Tensor:

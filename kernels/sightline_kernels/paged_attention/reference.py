@@ -17,6 +17,7 @@ from sightline_kernels.paged_attention.by_blocks import (
     locate_blocks,
 )
 from sightline_kernels.paged_attention.in_place import RowKeys, attend_in_place, can_attend_in_place, locate_keys
+from sightline_kernels.paged_attention.places import blocks_of_heads
 
 INVARIANT_KEYS = 256
 """Row-invariant attention pads the keys of a row to a multiple of this."""
@@ -58,30 +59,30 @@ def _decode_rows(
             keys = locate_keys(layout, range(num_rows), contexts, max(contexts), num_heads, k_cache_NPGD)
             layout.memo["decode_keys"] = keys
         return attend_in_place(q_BHD, k_cache_NPGD, v_cache_NPGD, keys, scale)
-    num_kv_heads = k_cache_NPGD.shape[2]
-    if can_attend_by_blocks(q_BHD, num_kv_heads):
+    if can_attend_by_blocks(q_BHD):
         blocks: BlockKeys | None = layout.memo.get("decode_blocks")
         if blocks is None:
             blocks = layout.memo["decode_blocks"] = locate_blocks(layout, num_heads, k_cache_NPGD)
         return attend_by_blocks(q_BHD, k_cache_NPGD, v_cache_NPGD, blocks, scale)
-    all_slots_BK, all_mask_B11K = _decode_slots(layout)
+    (all_blocks_BK, all_offsets_BK), all_mask_B11K = _decode_places(layout)
+    num_kv_heads = k_cache_NPGD.shape[2]
     q_BGRD = q_BHD.view(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    rows_at_once = max(1, GATHERED_BYTES // (2 * all_slots_BK.shape[1] * k_cache_NPGD[0, 0].nbytes))
+    rows_at_once = max(1, GATHERED_BYTES // (2 * all_mask_B11K.shape[3] * k_cache_NPGD[0, 0].nbytes))
     pieces = []
     for start in range(0, num_rows, rows_at_once):
         rows = slice(start, start + rows_at_once)
         width = max(layout.context_lens[:num_rows][rows])
-        slots_BK, mask_B11K = all_slots_BK[rows, :width], all_mask_B11K[rows, ..., :width]
-        k_BGKD = k_cache_NPGD.flatten(0, 1)[slots_BK].transpose(1, 2)
-        v_BGKD = v_cache_NPGD.flatten(0, 1)[slots_BK].transpose(1, 2)
+        where = (all_blocks_BK[rows, :width], all_offsets_BK[rows, :width])
+        k_BGKD, v_BGKD = k_cache_NPGD[where].transpose(1, 2), v_cache_NPGD[where].transpose(1, 2)
+        mask_B11K = all_mask_B11K[rows, ..., :width]
         pieces.append(F.scaled_dot_product_attention(q_BGRD[rows], k_BGKD, v_BGKD, attn_mask=mask_B11K, scale=scale))
     out_BGRD = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     return out_BGRD.reshape(num_rows, num_heads, head_dim)
 
 
-def _decode_slots(layout: PagedLayout) -> tuple[Tensor, Tensor]:
-    """Where the decode rows' keys lie, and which of them are a row's own."""
-    if "decode_slots" not in layout.memo:
+def _decode_places(layout: PagedLayout) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Where the decode rows' keys lie, by block and offset, and which of them are a row's own."""
+    if "decode_places" not in layout.memo:
         num_rows, block_size = layout.num_decodes, layout.block_size
         context_B1 = layout.context_len_B[:num_rows, None]
         positions_K = torch.arange(max(layout.context_lens[:num_rows]), device=context_B1.device)
@@ -89,9 +90,9 @@ def _decode_slots(layout: PagedLayout) -> tuple[Tensor, Tensor]:
         seen_BK = torch.minimum(positions_K, context_B1 - 1)
         blocks_BK = layout.block_table_BN[:num_rows].long().gather(1, seen_BK // block_size)
         mask_B11K = (positions_K < context_B1)[:, None, None]
-        layout.memo["decode_slots"] = (blocks_BK * block_size + seen_BK % block_size, mask_B11K)
-    slots_BK, mask_B11K = layout.memo["decode_slots"]
-    return slots_BK, mask_B11K
+        layout.memo["decode_places"] = ((blocks_BK, seen_BK % block_size), mask_B11K)
+    where, mask_B11K = layout.memo["decode_places"]
+    return where, mask_B11K
 
 
 def _slice(
@@ -183,5 +184,14 @@ def _rows_of(layout: PagedLayout) -> list[tuple[int, int]]:
 def _keys_of(cache_NPGD: Tensor, layout: PagedLayout, sequence: int, num_keys: int) -> Tensor:
     """The first ``num_keys`` cached keys (or values) of a sequence, as [G, K, D]."""
     num_blocks = -(-num_keys // layout.block_size)
-    blocks_NPGD = cache_NPGD.index_select(0, layout.block_table_BN[sequence, :num_blocks])
+    blocks_N = layout.block_table_BN[sequence, :num_blocks]
+    if cache_NPGD.is_cpu:
+        num_kv_heads, head_dim = cache_NPGD.shape[2:]
+        rows_GN = blocks_N * num_kv_heads + torch.arange(num_kv_heads, dtype=torch.int32)[:, None]
+        return (
+            blocks_of_heads(cache_NPGD)
+            .index_select(0, rows_GN.flatten())
+            .view(num_kv_heads, -1, head_dim)[:, :num_keys]
+        )
+    blocks_NPGD = cache_NPGD.index_select(0, blocks_N)
     return blocks_NPGD.flatten(0, 1)[:num_keys].transpose(0, 1)

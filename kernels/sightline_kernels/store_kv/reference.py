@@ -14,6 +14,7 @@ def store_kv(
     slots_T: Tensor,
 ) -> None:
     """Copy row ``t`` to flat slot ``slots_T[t]`` (block * block_size + offset) of both caches, in place."""
-    num_slots = k_cache_NPGD.shape[0] * k_cache_NPGD.shape[1]
-    k_cache_NPGD.view(num_slots, *k_TGD.shape[1:]).index_copy_(0, slots_T, k_TGD)
-    v_cache_NPGD.view(num_slots, *v_TGD.shape[1:]).index_copy_(0, slots_T, v_TGD)
+    block_size = k_cache_NPGD.shape[1]
+    where = (slots_T // block_size, slots_T % block_size)
+    k_cache_NPGD.index_put_(where, k_TGD)
+    v_cache_NPGD.index_put_(where, v_TGD)

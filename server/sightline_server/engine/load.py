@@ -167,7 +167,7 @@ def assemble(
     ``recorder`` makes the recordings that ``config.graphs`` asks for; by default CUDA graphs, and none on a CPU. With
     ``compiles`` the decode step is compiled, which raises SettingsError where it can't be.
     """
-    kv = allocate_cache(model.config, config.num_blocks, config.block_size, device, dtype)
+    kv = allocate_cache(model, config.num_blocks, config.block_size, device, dtype)
     blocks = BlockPool(config.num_blocks, caching=config.prefix_caching)
     vision: VisionCache[Tensor] = VisionCache(config.encoder_cache_bytes)
     max_images = images_per_step(model.config, config.max_step_tokens)

@@ -63,7 +63,7 @@ class StepMemory:
 
 def _measure_largest_step(model: Vlm, limits: EngineConfig, device: torch.device, dtype: torch.dtype) -> StepMemory:
     length = min(limits.max_step_tokens, limits.max_model_len)
-    kv = allocate_cache(model.config, -(-length // limits.block_size), limits.block_size, device, dtype)
+    kv = allocate_cache(model, -(-length // limits.block_size), limits.block_size, device, dtype)
     torch.cuda.empty_cache()
     allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -128,17 +128,22 @@ def fit_to_cache(config: VlmConfig, settings: Settings, limits: EngineConfig, nu
     return EngineConfig(**values)
 
 
-def allocate_cache(
-    config: VlmConfig, num_blocks: int, block_size: int, device: torch.device, dtype: torch.dtype
-) -> KvPool:
+def allocate_cache(model: Vlm, num_blocks: int, block_size: int, device: torch.device, dtype: torch.dtype) -> KvPool:
     # One block more than the books know: scratch for padding rows.
-    count = num_blocks + 1
+    count, config = num_blocks + 1, model.config.decoder
     try:
-        return KvPool.allocate(config.decoder, num_blocks=count, block_size=block_size, dtype=dtype, device=device)
-    except RuntimeError as error:
+        return KvPool.allocate(
+            config,
+            num_blocks=count,
+            block_size=block_size,
+            dtype=dtype,
+            device=device,
+            heads_apart=model.decoder.heads_apart,
+        )
+    except (RuntimeError, OSError) as error:
         if device.type != "cpu":
             raise
-        size = count * KvPool.bytes_per_block(config.decoder, block_size=block_size, dtype=dtype) / 2**30
+        size = count * KvPool.bytes_per_block(config, block_size=block_size, dtype=dtype) / 2**30
         raise SettingsError(
             f"This machine can't give {size:.1f} GiB to the key/value cache. Lower --cpu-cache-gb."
         ) from error

@@ -154,6 +154,7 @@ class _Path:
             block_size=limits.block_size,
             dtype=weight.dtype,
             device=device,
+            heads_apart=model.decoder.heads_apart,
         )
         self.prompt_speeds: list[float] = []
         self.decode_speeds: list[float] = []
