@@ -52,7 +52,8 @@ class KvPool:
 
 def _on_large_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Zeros in memory that is the machine's own, on pages of 2 MiB where the kernel has some."""
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    # Private: what may be shared is on small pages whatever it wishes for.
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     # Elsewhere than on Linux there is no such wish, and a kernel may be built without.
     with contextlib.suppress(AttributeError, OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)

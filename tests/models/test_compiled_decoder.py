@@ -46,8 +46,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Vlm:
 def pair(model: Vlm, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder: Path = tmp_path_factory.mktemp("compiled")
     kv = KvPool.allocate(
-        model.decoder.config, num_blocks=BLOCKS, block_size=BLOCK, dtype=torch.float32, device=torch.device("cpu")
+        model.decoder.config,
+        num_blocks=BLOCKS,
+        block_size=BLOCK,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        heads_apart=model.decoder.heads_apart,
     )
+    assert kv.k_LNPGD.stride(3) > kv.k_LNPGD.stride(2)
     compiled = compile_decoder(model.decoder, kv, folder, most_rows=MOST_ROWS, most_len=MOST_LEN)
     return Pair(model, kv, compiled)
 
