@@ -35,6 +35,7 @@ from benchmarks.systems import (
     llamas,
     ours,
     ours_compiled,
+    ours_compiled_int8,
     ours_defaults,
     ours_deterministic,
     ours_int8,
@@ -133,6 +134,7 @@ class Comparison:
         self._choose(int8)
         if can_compile():
             self._choose(ours_compiled(folder, self._plan.serve_flags))
+            self._choose(ours_compiled_int8(folder, self._plan.serve_flags))
         self._choose(ours_defaults(folder, self._plan.serve_flags))
         if chosen.best is None:
             self._say("[bold red]Sightline failed the gate: nothing is compared[/]")

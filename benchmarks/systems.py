@@ -25,7 +25,7 @@ DEFAULT = "default"
 TWO_ENGINES = "2 engines"
 """Ours with ``--engines 2``, which divide the cores: another choice of threads."""
 OUR_THREADS = (DEFAULT, "1", TWO_ENGINES)
-INT8, COMPILED, DEFAULTS = "ours-int8", "ours-compiled", "ours-defaults"
+INT8, COMPILED, COMPILED_INT8, DEFAULTS = "ours-int8", "ours-compiled", "ours-compiled-int8", "ours-defaults"
 DETERMINISTIC = "ours-deterministic"
 
 Start = Callable[[str, str], AbstractContextManager[Server]]
@@ -164,6 +164,18 @@ def ours_compiled(folder: Path, serve_flags: Sequence[str]) -> System:
         _sightline(folder, [*serve_flags, "--compile"]),
         PRECISIONS,
         threads=OUR_THREADS,
+        gated=True,
+    )
+
+
+def ours_compiled_int8(folder: Path, serve_flags: Sequence[str]) -> System:
+    return System(
+        COMPILED_INT8,
+        "Sightline `--compile --quantize int8`",
+        _sightline(folder, [*serve_flags, "--compile", "--quantize", "int8"]),
+        PRECISIONS,
+        threads=OUR_THREADS,
+        quantize="int8",
         gated=True,
     )
 

@@ -24,11 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim
 
+from sightline_kernels.int8_linear import compilable as int8
+from sightline_kernels.int8_linear.on_cpu import unpack
 from sightline_kernels.layout import PagedLayout
 from sightline_kernels.sample import compilable
 from sightline_models.decoder import Decoder
 from sightline_models.kv import KvPool
 from sightline_models.layers import Linear, RmsNorm
+from sightline_models.quantize import Int8Linear
 
 MOST_PARAMETERS = 2**29
 """A larger model's operations take so long that setting them out doesn't show, and compiling it takes very long."""
@@ -95,9 +98,11 @@ class CompiledDecoder:
 def refusal(decoder: Decoder) -> str | None:
     """Why this decoder can't be compiled; None when it can."""
     products = [decoder.get_submodule(name) for name in _products(decoder.config.num_layers)]
-    if not all(isinstance(product, Linear) for product in products):
-        return "its weights are quantized"
-    parameters = sum(weight.numel() for product in products for weight in product.parameters())
+    if not all(isinstance(product, Linear | Int8Linear) for product in products):
+        return "its weights are in NF4, or in int8 that this checkpoint keeps apart"
+    if any(isinstance(product, Int8Linear) and product.scales is None for product in products):
+        return "its weights are in int8, which this processor doesn't multiply (it has no VNNI)"
+    parameters = sum(weight.numel() for product in products for weight in product.state_dict().values())
     if parameters > MOST_PARAMETERS:
         return f"it has {parameters / 1e9:.1f} billion parameters, and is too large to gain anything"
     return None
@@ -194,9 +199,12 @@ class _DecodeStep(nn.Module):
         self._keep("cos", decoder.cos_MD)
         self._keep("sin", decoder.sin_MD)
         for name, module in decoder.named_modules():
+            if isinstance(module, Int8Linear):
+                self._keep(name, unpack(module.codes_OI))
+                self._keep(f"{name}.scale", module.absmax_O / 127.0)
             if isinstance(module, Linear | RmsNorm):
                 self._keep(name, module.weight)
-            if isinstance(module, Linear) and module.bias is not None:
+            if isinstance(module, Linear | Int8Linear) and module.bias is not None:
                 self._keep(f"{name}.bias", module.bias)
 
     def forward(
@@ -248,10 +256,15 @@ class _DecodeStep(nn.Module):
     def _multiply(self, x_BI: Tensor, name: str) -> Tensor:
         weight_OI = self._kept(name)
         bias_O = self._kept(f"{name}.bias") if _key(f"{name}.bias") in self._buffers else None
-        if x_BI.shape[0] > 1:
+        several, is_int8 = x_BI.shape[0] > 1, weight_OI.dtype == torch.int8
+        if several and not is_int8:
             return F.linear(x_BI, weight_OI, bias_O)
-        y_1O = (weight_OI.float() * _written(x_BI).float()).sum(-1)[None]
-        return (y_1O if bias_O is None else y_1O + bias_O.float()).to(x_BI.dtype)
+        if is_int8:
+            multiply = int8.multiply if several else int8.multiply_row
+            y_BO = multiply(_written(x_BI), weight_OI, self._kept(f"{name}.scale"))
+        else:
+            y_BO = (weight_OI.float() * _written(x_BI).float()).sum(-1)[None]
+        return (y_BO if bias_O is None else y_BO + bias_O.float()).to(x_BI.dtype)
 
     def _keep(self, name: str, tensor: Tensor) -> None:
         # What is packed for oneDNN can't be traced.

@@ -129,7 +129,7 @@ class Settings:
         False,
         "On a CPU, make a program of the decode step at each start of the engine: small models answer one request some "
         "three times as fast, many at once less so. Needs a C++ compiler (g++) and about a minute; the weights must "
-        "not be quantized.",
+        "not be in NF4.",
         section="Engine",
     )
     deterministic: bool = _row(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sightline_kernels.int8_linear import on_cpu, reference
+from sightline_kernels.int8_linear import compilable, on_cpu, reference
 
 # Both sides of the largest weight that isn't packed.
 SHAPES = {"tiny": (31, 86), "wide": (300, 1001), "dotted": (576, 192), "large": (2304, 1024)}
@@ -137,3 +137,24 @@ def test_instructions_that_saturate_are_seen(monkeypatch: pytest.MonkeyPatch) ->
     assert on_cpu.can_multiply(torch.zeros(1, 1, dtype=torch.int8))
     monkeypatch.setattr(torch, "_int_mm", saturating)
     assert not on_cpu.can_multiply(torch.zeros(1, 1, dtype=torch.int8))
+
+
+@pytest.mark.parametrize("dtype", LARGEST_ERROR, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_what_is_written_for_the_compiler_is_as_near(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    codes, absmax = codes_of(shape)
+    assert torch.equal(on_cpu.unpack(on_cpu.pack(codes)), codes)
+    scale = absmax / 127
+    x = torch.randn(5, shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
+    x[1, ::7] *= 300
+    x[2] = 0
+    x[3] *= 1e-4
+    for y, rows in ((compilable.multiply(x, codes, scale), x), (compilable.multiply_row(x[:1], codes, scale), x[:1])):
+        assert y.dtype == torch.float32
+        error, bound = error_and_bound(y, rows, codes, absmax, None)
+        assert (error <= bound).all(), f"{(error / bound).max()} of the bound"
+    broken = x.clone()
+    broken[1, 3], broken[3, 0] = torch.nan, -torch.inf
+    y, y_broken = compilable.multiply(x, codes, scale), compilable.multiply(broken, codes, scale)
+    assert torch.equal(y_broken[[0, 2, 4]], y[[0, 2, 4]])
+    assert not y_broken[[1, 3]].isfinite().any()

@@ -17,6 +17,7 @@ from sightline_models.compiled_decoder import CompiledDecoder, compile_decoder, 
 from sightline_models.config import read_config
 from sightline_models.kv import KvPool
 from sightline_models.presets import PRESETS, write_files
+from sightline_models.quantize import Int8Linear
 from sightline_models.vlm import Vlm
 from sightline_models.weights import random_vlm
 
@@ -24,6 +25,7 @@ BLOCK, BLOCKS, MOST_ROWS, MOST_LEN = 16, 300, 12, 400
 # Compiling takes as long as the machine lets it.
 pytestmark = pytest.mark.timeout(600)
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler here")
+needs_vnni = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="this CPU has no VNNI")
 
 
 @dataclass
@@ -33,13 +35,15 @@ class Pair:
     compiled: CompiledDecoder
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Vlm:
+@pytest.fixture(scope="module", params=["none", pytest.param("int8", marks=needs_vnni)])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Vlm:
     """The smallest shape, with shared heads and every bias there may be."""
     folder = tmp_path_factory.mktemp("biased")
     write_files(dataclasses.replace(PRESETS["tiny"], attention_bias=True, mlp_bias=True), folder)
-    cpu = torch.device("cpu")
-    return random_vlm(read_config(folder), CLIP_NORMALIZATION, dtype=torch.float32, device=cpu, seed=1)
+    cpu, config = torch.device("cpu"), read_config(folder)
+    model = random_vlm(config, CLIP_NORMALIZATION, dtype=torch.float32, device=cpu, seed=1, quantize=request.param)
+    assert isinstance(model.decoder.layers[0].attention.qkv, Int8Linear) == (request.param == "int8")
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +143,10 @@ def test_what_is_quantized_or_too_large_is_refused(model: Vlm, tmp_path: Path, m
     assert refusal(model.decoder) is None
     write_files(PRESETS["tiny"], tmp_path)
     config, cpu = read_config(tmp_path), torch.device("cpu")
-    quantized = random_vlm(config, CLIP_NORMALIZATION, dtype=torch.float32, device=cpu, seed=1, quantize="int8")
-    assert refusal(quantized.decoder) == "its weights are quantized"
+    quantized = random_vlm(config, CLIP_NORMALIZATION, dtype=torch.float32, device=cpu, seed=1, quantize="nf4")
+    assert "its weights are in NF4" in str(refusal(quantized.decoder))
+    older = random_vlm(config, CLIP_NORMALIZATION, dtype=torch.float32, device=cpu, seed=1, quantize="int8")
+    older.decoder.layers[0].attention.o.scales = None
+    assert "no VNNI" in str(refusal(older.decoder))
     monkeypatch.setattr(compiled_decoder, "MOST_PARAMETERS", 1000)
     assert "too large to gain" in str(refusal(model.decoder))

@@ -287,6 +287,7 @@ def fake_world(monkeypatch: pytest.MonkeyPatch) -> FakeBench:
     monkeypatch.setattr(suite, "ours_int8", lambda *_: system("ours-int8", quantize="int8"))
     monkeypatch.setattr(suite, "can_compile", lambda: True)
     monkeypatch.setattr(suite, "ours_compiled", lambda *_: system("ours-compiled"))
+    monkeypatch.setattr(suite, "ours_compiled_int8", lambda *_: system("ours-compiled-int8"))
     monkeypatch.setattr(suite, "ours_defaults", lambda *_: system("ours-defaults", settings=("float32",)))
     only = {"settings": ("float32",), "threads": ("1",), "concurrencies": (8,), "deterministic": True}
     monkeypatch.setattr(suite, "ours_deterministic", lambda *_: system("ours-deterministic", **only))
@@ -304,7 +305,15 @@ def test_rounds_run_in_opposite_order_and_ours_is_asked_twice(fake_world: FakeBe
     (model,) = told["models"]
     assert (code, model["passed"], told["format"]) == (0, True, 2)
     order = [(row["system"], row["round"]) for row in model["loads"] if row["concurrency"] == 8]
-    first = ["ours", "ours-int8", "ours-compiled", "ours-defaults", "ours-deterministic", "ours-again"]
+    first = [
+        "ours",
+        "ours-int8",
+        "ours-compiled",
+        "ours-compiled-int8",
+        "ours-defaults",
+        "ours-deterministic",
+        "ours-again",
+    ]
     assert order == [*((name, 0) for name in first), *((name, 1) for name in reversed(first))]
     assert {row["concurrency"] for row in model["loads"] if row["system"] == "ours-deterministic"} == {8}
     assert {row["concurrency"] for row in model["loads"] if row["system"] == "ours"} == {1, 8, 32}

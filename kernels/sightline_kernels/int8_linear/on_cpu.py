@@ -29,10 +29,10 @@ _DOT_WIDTH = 32
 # This little is computed from a weight made whole in float32 before digits are made.
 _SMALL_PRODUCTS = 2**21
 # Rows that are smaller throughout have the digits of this: its reciprocal is finite in the digits' units.
-_LEAST = 2.0**-96
+LEAST = 2.0**-96
 # On wider inputs a sum of the largest products might not fit in 32 bits.
 _WIDEST = 2**16
-_DIGITS = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
+DIGITS = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 
 
 def can_multiply(codes_OI: Tensor) -> bool:
@@ -84,8 +84,8 @@ def int8_linear(
     A row that holds a NaN or an infinity gives one without finite numbers, and other rows don't know of it.
     ``scales`` are those of ``absmax_O``, where they were made before.
     """
-    if x_I.dtype not in _DIGITS:
-        assert not codes_OI.is_mkldnn, f"packed codes are multiplied in {list(_DIGITS)}, not in {x_I.dtype}"
+    if x_I.dtype not in DIGITS:
+        assert not codes_OI.is_mkldnn, f"packed codes are multiplied in {list(DIGITS)}, not in {x_I.dtype}"
         return reference.int8_linear(x_I, codes_OI, absmax_O, bias_O)
     x_RI = x_I.reshape(-1, x_I.shape[-1])
     scales = scales or scales_of(absmax_O)
@@ -96,7 +96,7 @@ def int8_linear(
     elif _is_better_whole(x_RI, codes_OI):
         y_RO = F.linear(x_RI, codes_OI.to(x_I.dtype)).mul_(scale_O)
     else:
-        rows = _MOST_DIGITS // _DIGITS[x_I.dtype]
+        rows = _MOST_DIGITS // DIGITS[x_I.dtype]
         pieces = [_by_digits(piece_RI, codes_OI, scale_O) for piece_RI in torch.split(x_RI, rows)]
         y_RO = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     if bias_O is not None:
@@ -125,10 +125,10 @@ def _is_better_whole(x_RI: Tensor, codes_OI: Tensor) -> bool:
 
 
 def _by_digits(x_RI: Tensor, codes_OI: Tensor, scale_O: Tensor) -> Tensor:
-    rows, count = x_RI.shape[0], _DIGITS[x_RI.dtype]
+    rows, count = x_RI.shape[0], DIGITS[x_RI.dtype]
     # The highest digit is at most 127 even after those below it are rounded into it.
     units = 127.0 * 256 ** (count - 1)
-    largest_R1 = x_RI.abs().amax(1, keepdim=True).float().clamp_(min=_LEAST)
+    largest_R1 = x_RI.abs().amax(1, keepdim=True).float().clamp_(min=LEAST)
     # Rows with a NaN or an infinity have any digits here, and are multiplied by it in the end.
     left_RI = (x_RI * (units / largest_R1)).round_().to(torch.int32)
     digits_XI = torch.empty(count * rows, x_RI.shape[1], dtype=torch.int8)
@@ -156,6 +156,11 @@ def _multiply(digits_XI: Tensor, codes_OI: Tensor) -> Tensor:
         raised_XI, 1.0, 128, codes_OI, ones_O, zeros_O, None, 1.0, 0, torch.float32, "none", [], ""
     )
     return sums_XO
+
+
+def unpack(codes_OI: Tensor) -> Tensor:
+    """What ``pack`` was given."""
+    return codes_OI.to_dense().t().contiguous() if codes_OI.is_mkldnn else codes_OI
 
 
 def _pack(codes_OI: Tensor) -> Tensor:
