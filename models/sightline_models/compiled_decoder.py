@@ -199,9 +199,9 @@ class _DecodeStep(nn.Module):
         self._keep("cos", decoder.cos_MD)
         self._keep("sin", decoder.sin_MD)
         for name, module in decoder.named_modules():
-            if isinstance(module, Int8Linear):
+            if isinstance(module, Int8Linear) and module.scales is not None:
                 self._keep(name, unpack(module.codes_OI))
-                self._keep(f"{name}.scale", module.absmax_O / 127.0)
+                self._keep(f"{name}.scale", module.scales.float32_O)
             if isinstance(module, Linear | RmsNorm):
                 self._keep(name, module.weight)
             if isinstance(module, Linear | Int8Linear) and module.bias is not None:

@@ -38,6 +38,7 @@ class KvPool:
         Raises RuntimeError or OSError where there is not that much memory.
         """
         if heads_apart:
+            assert device.type == "cpu", f"heads are kept apart on a CPU, and this is {device}"
             shape = (config.num_layers, num_blocks, config.num_kv_heads, block_size, config.head_dim)
             return cls(*(_on_large_pages(shape, dtype).transpose(2, 3) for _ in range(2)))
         shape = (config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim)

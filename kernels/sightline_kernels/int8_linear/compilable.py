@@ -7,7 +7,7 @@ each call. Suffixes as in ``on_cpu.py``.
 import torch
 from torch import Tensor
 
-from sightline_kernels.int8_linear.on_cpu import DIGITS, LEAST
+from sightline_kernels.int8_linear.on_cpu import DIGITS, LEAST, multiply_raised
 
 
 def multiply(x_RI: Tensor, codes_OI: Tensor, scale_O: Tensor) -> Tensor:
@@ -22,12 +22,8 @@ def multiply(x_RI: Tensor, codes_OI: Tensor, scale_O: Tensor) -> Tensor:
         raised.append((left_RI + 128) & 255)
         left_RI = (left_RI + 128) >> 8
     raised_XI = torch.cat([*raised, left_RI + 128]).to(torch.uint8)
-    packed_IO = torch.ops.onednn.qlinear_prepack(codes_OI, None)
-    ones_O, zeros_O = torch.ones(codes_OI.shape[0]), torch.zeros(codes_OI.shape[0], dtype=torch.int64)
-    sums_XO: Tensor = torch.ops.onednn.qlinear_pointwise.default(
-        raised_XI, 1.0, 128, packed_IO, ones_O, zeros_O, None, 1.0, 0, torch.float32, "none", [], ""
-    )
-    y_RO: Tensor = sums_XO[(count - 1) * rows :]
+    sums_XO = multiply_raised(raised_XI, torch.ops.onednn.qlinear_prepack(codes_OI, None), codes_OI.shape[0])
+    y_RO = sums_XO[(count - 1) * rows :]
     for digit in reversed(range(count - 1)):
         y_RO = y_RO * 256 + sums_XO[digit * rows : (digit + 1) * rows]
     scaled_RO: Tensor = y_RO * scale_O * (largest_R1 / units)

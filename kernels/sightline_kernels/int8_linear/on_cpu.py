@@ -150,10 +150,14 @@ def _multiply(digits_XI: Tensor, codes_OI: Tensor) -> Tensor:
         return torch._int_mm(digits_XI, codes_OI.t()).float()
     # Packed for unsigned numbers, 128 of which stand for 0; signed ones would take torch's slowest way.
     raised_XI = digits_XI.view(torch.uint8).bitwise_xor_(128)
-    outputs = codes_OI.shape[1]
+    return multiply_raised(raised_XI, codes_OI, codes_OI.shape[1])
+
+
+def multiply_raised(raised_XI: Tensor, packed_IO: Tensor, outputs: int) -> Tensor:
+    """Return ``(raised - 128) @ packed`` for uint8 digits, summed exactly and rounded to float32."""
     ones_O, zeros_O = torch.ones(outputs), torch.zeros(outputs, dtype=torch.int64)
     sums_XO: Tensor = torch.ops.onednn.qlinear_pointwise(
-        raised_XI, 1.0, 128, codes_OI, ones_O, zeros_O, None, 1.0, 0, torch.float32, "none", [], ""
+        raised_XI, 1.0, 128, packed_IO, ones_O, zeros_O, None, 1.0, 0, torch.float32, "none", [], ""
     )
     return sums_XO
 
